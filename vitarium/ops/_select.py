@@ -1,0 +1,150 @@
+"""Which implementation of an op runs, and why the others do not."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+IMPLEMENTATIONS = ("reference", "aten", "triton", "natten")
+_CHOICES = ("auto", *IMPLEMENTATIONS)
+_VARIABLE = "VITARIUM_OPS"
+
+_overrides: list[Mapping[str, str]] = []
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """One way to compute an op.
+
+    ``run(call)`` computes it; ``unsupported(call)`` says why it cannot, or None.
+    ``automatic`` implementations are candidates for ``auto``, in the op's order.
+    """
+
+    run: Callable[[Any], Tensor]
+    unsupported: Callable[[Any], str | None]
+    automatic: bool = False
+
+
+@dataclass(frozen=True)
+class Op:
+    """An op: its name, the function that validates arguments, its implementations in order."""
+
+    name: str
+    prepare: Callable[..., Any]
+    implementations: Mapping[str, Implementation]
+
+    def __call__(self, call: Any, impl: str | None) -> Tensor:
+        return self.implementations[self.choose(call, impl)].run(call)
+
+    def choose(self, call: Any, impl: str | None) -> str:
+        """Name of the implementation that runs ``call``."""
+        requested = self._requested(impl)
+        if requested == "auto":
+            for name, candidate in self.implementations.items():
+                if candidate.automatic and candidate.unsupported(call) is None:
+                    return name
+            raise ValueError(f"{self.name}: no implementation can run this call")
+        if requested not in self.implementations:
+            raise ValueError(
+                f"impl={requested!r}: {self.name} has no such implementation, only "
+                f"{', '.join(self.implementations)}"
+            )
+        reason = self.implementations[requested].unsupported(call)
+        if reason is not None:
+            raise ValueError(f"impl={requested!r} cannot run this {self.name} call: {reason}")
+        return requested
+
+    def _requested(self, impl: str | None) -> str:
+        if impl is not None:
+            return _checked(impl, "impl")
+        for mapping in reversed(_overrides):
+            for key in (self.name, "*"):
+                if key in mapping:
+                    return mapping[key]
+        return _checked(os.environ.get(_VARIABLE) or "auto", _VARIABLE)
+
+
+ops: dict[str, Op] = {}
+
+
+def register(op: Op) -> Op:
+    """Enter an op under its short name, by which `use_impl` and `explain` know it."""
+    ops[op.name] = op
+    return op
+
+
+def _checked(name: str, argument: str) -> str:
+    if name not in _CHOICES:
+        raise ValueError(f"{argument}: expected one of {', '.join(_CHOICES)}, got {name!r}")
+    return name
+
+
+@contextmanager
+def use_impl(choice: str | Mapping[str, str]) -> Iterator[None]:
+    """Choose implementations inside a ``with`` block, for all ops or per op.
+
+    Args:
+        choice: an implementation's name, or a mapping from an op's short name to one,
+            for instance ``{"neighborhood": "reference"}``.
+
+    Raises:
+        ValueError: unknown op or implementation. An implementation that cannot run a call
+            raises when the call is made: there is no silent fallback.
+    """
+    mapping = {"*": choice} if isinstance(choice, str) else dict(choice)
+    for op, name in mapping.items():
+        if op != "*" and op not in ops:
+            raise ValueError(f"use_impl: expected ops among {', '.join(sorted(ops))}, got {op!r}")
+        _checked(name, "use_impl")
+    _overrides.append(mapping)
+    try:
+        yield
+    finally:
+        _overrides.remove(mapping)
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What `explain` found: the implementation that runs, and for each other one why not."""
+
+    op: str
+    chosen: str
+    reasons: Mapping[str, str | None]
+
+    def __str__(self) -> str:
+        lines = [f"{self.op}: {self.chosen} runs"]
+        for name, reason in self.reasons.items():
+            lines.append(f"  {name}: {reason or ('chosen' if name == self.chosen else 'can run')}")
+        return "\n".join(lines)
+
+
+def explain(op: str | Callable[..., Tensor], *args: Any, **kwargs: Any) -> Explanation:
+    """Say which implementation of ``op`` would run a call, and why the others would not.
+
+    Args:
+        op: an op's short name (``"neighborhood"``) or its public function.
+        *args: the call's arguments.
+        **kwargs: the call's arguments, ``impl`` included.
+
+    Raises:
+        ValueError: unknown op, arguments that the op refuses, or a requested implementation
+            that cannot run.
+    """
+    name = op if isinstance(op, str) else getattr(op, "op_name", None)
+    if name not in ops:
+        raise ValueError(f"op: expected one of {', '.join(sorted(ops))}, got {op!r}")
+    impl = kwargs.pop("impl", None)
+    call = ops[name].prepare(*args, **kwargs)
+    reasons = {k: v.unsupported(call) for k, v in ops[name].implementations.items()}
+    return Explanation(name, ops[name].choose(call, impl), reasons)
+
+
+def is_tracing() -> bool:
+    """Whether a graph is being recorded: nothing may be cached or read from tensors then."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()

@@ -1,0 +1,194 @@
+"""The public function of neighborhood attention, and what it accepts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from timm.layers import register_notrace_function
+from torch import Tensor
+
+from vitarium.ops import _select
+from vitarium.ops.neighborhood_attn import aten, natten_launch, reference
+
+
+@dataclass(frozen=True)
+class Call:
+    """A validated call: what every implementation gets."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    kernel_size: tuple[int, int]
+    dilation: tuple[int, int]
+    bias: Tensor | None
+    scale: float
+    pad: Tensor | None
+
+    @property
+    def padded_size(self) -> tuple[int, int]:
+        """(H, W) of the map that the windows live on, after padding at the right and bottom."""
+        height, width = self.query.shape[1:3]
+        if self.pad is None:
+            return height, width
+        (kh, kw), (dh, dw) = self.kernel_size, self.dilation
+        return max(height, kh * dh), max(width, kw * dw)
+
+
+def _pair(name: str, value: int | tuple[int, int]) -> tuple[int, int]:
+    pair = (value, value) if isinstance(value, int) else value
+    if (
+        not isinstance(pair, (tuple, list))
+        or len(pair) != 2
+        or not all(isinstance(n, int) and not isinstance(n, bool) and n >= 1 for n in pair)
+    ):
+        raise ValueError(f"{name}: expected a positive int or a pair of them, got {value!r}")
+    return pair[0], pair[1]
+
+
+def _prepare(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    kernel_size: int | tuple[int, int],
+    dilation: int | tuple[int, int] = 1,
+    bias: Tensor | None = None,
+    scale: float | None = None,
+    pad: Tensor | None = None,
+) -> Call:
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        if not isinstance(tensor, Tensor):
+            raise ValueError(f"{name}: expected a tensor, got {type(tensor).__name__}")
+        if tensor.ndim != 5:
+            raise ValueError(
+                f"{name}: expected rank 5, [B, H, W, heads, head_dim], got shape "
+                f"{tuple(tensor.shape)}"
+            )
+        if not tensor.is_floating_point():
+            raise ValueError(f"{name}: expected a floating-point tensor, got {tensor.dtype}")
+        if tensor.shape != query.shape:
+            raise ValueError(
+                f"{name}: expected query's shape {tuple(query.shape)}, got {tuple(tensor.shape)}"
+            )
+        if tensor.dtype != query.dtype or tensor.device != query.device:
+            raise ValueError(
+                f"{name}: expected query's dtype and device ({query.dtype}, {query.device}), "
+                f"got {tensor.dtype}, {tensor.device}"
+            )
+    _, height, width, heads, head_dim = query.shape
+    for name, size in (("H", height), ("W", width), ("heads", heads), ("head_dim", head_dim)):
+        if size < 1:
+            raise ValueError(f"query: expected {name} >= 1, got shape {tuple(query.shape)}")
+    kernel = _pair("kernel_size", kernel_size)
+    if kernel[0] % 2 == 0 or kernel[1] % 2 == 0:
+        raise ValueError(f"kernel_size: expected odd sizes, got {kernel_size!r}")
+    dilation = _pair("dilation", dilation)
+    for name, tensor, shape in (
+        ("bias", bias, (heads, 2 * kernel[0] - 1, 2 * kernel[1] - 1)),
+        ("pad", pad, (3, heads, head_dim)),
+    ):
+        if tensor is None:
+            continue
+        if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+            got = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
+            raise ValueError(f"{name}: expected a floating-point tensor, got {got}")
+        if tuple(tensor.shape) != shape:
+            raise ValueError(f"{name}: expected shape {shape}, got {tuple(tensor.shape)}")
+        if tensor.device != query.device:
+            raise ValueError(f"{name}: expected device {query.device}, got {tensor.device}")
+    if pad is None:
+        for axis, size, k, d in zip("HW", (height, width), kernel, dilation, strict=True):
+            if k * d > size:
+                raise ValueError(
+                    f"kernel_size: expected kernel_size * dilation <= {axis} = {size}, got "
+                    f"{k} * {d} (give pad= to attend on a padded map)"
+                )
+    if scale is not None and not isinstance(scale, (int, float)):
+        raise ValueError(f"scale: expected a number, got {type(scale).__name__}")
+    return Call(
+        query,
+        key,
+        value,
+        kernel,
+        dilation,
+        None if bias is None else bias.to(query.dtype),
+        head_dim**-0.5 if scale is None else float(scale),
+        None if pad is None else pad.to(query.dtype),
+    )
+
+
+_op = _select.register(
+    _select.Op(
+        "neighborhood",
+        _prepare,
+        {
+            "reference": _select.Implementation(reference.run, reference.unsupported),
+            "aten": _select.Implementation(aten.run, aten.unsupported, automatic=True),
+            "natten": _select.Implementation(natten_launch.run, natten_launch.unsupported),
+        },
+    )
+)
+
+
+@register_notrace_function
+def neighborhood_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    kernel_size: int | tuple[int, int],
+    dilation: int | tuple[int, int] = 1,
+    bias: Tensor | None = None,
+    scale: float | None = None,
+    pad: Tensor | None = None,
+    impl: str | None = None,
+) -> Tensor:
+    """Attention of every position to the ``kernel_size`` window of keys nearest to it.
+
+    ``out[i] = sum_n softmax_n(scale * q[i] . k[n] + bias[n - i]) v[n]``
+
+    where n runs over exactly ``kh * kw`` neighbors. Per axis, a position belongs to the residue
+    class ``i mod dilation``; its window holds ``kernel_size`` consecutive members of that class
+    and is centred on it where it can be. At the borders windows shift: they are never cropped
+    and never hold padding, so every query sees the same number of keys. Where the dilation does
+    not divide the map, classes differ in length and so does the far border's shift.
+
+    Args:
+        query: ``[B, H, W, heads, head_dim]``, floating point; any strides.
+        key: like ``query``.
+        value: like ``query``.
+        kernel_size: odd window size in tokens (counted in steps of ``dilation``); an int or
+            ``(kh, kw)``.
+        dilation: step between neighbors in tokens; an int or ``(dh, dw)``.
+        bias: relative position bias ``[heads, 2*kh-1, 2*kw-1]``, indexed by key minus query
+            in steps of the dilation, plus ``kernel_size - 1``; added after scaling.
+        scale: factor of the dot products; ``head_dim ** -0.5`` if None.
+        pad: ``[3, heads, head_dim]``: query, key and value of a padded position. A map smaller
+            than ``kernel_size * dilation`` is then padded to it at the bottom and right, the
+            padded positions are attended to, and the output is cropped. No effect on axes that
+            are large enough.
+        impl: ``"reference"``, ``"aten"``, ``"natten"`` or ``"auto"``; None leaves the choice to
+            `vitarium.ops.use_impl`, the environment variable VITARIUM_OPS and ``auto``.
+
+    Returns:
+        ``[B, H, W, heads, head_dim]``, contiguous, of query's dtype.
+
+    Raises:
+        ValueError: a rank, shape, dtype or device that does not fit, an even kernel, a map
+            smaller than ``kernel_size * dilation`` without ``pad``, or a requested
+            implementation that cannot run this call.
+
+    Implementations:
+        ``reference``: any device, floating dtype and head_dim; computes in float64; gradients
+        of everything; the definition of correct.
+        ``aten``: any device, floating dtype and head_dim; gradients of everything, bias and pad
+        included; deterministic; torch.compile and torch.export trace through it.
+        ``natten``: the natten package, without bias or pad; what else it refuses is natten's.
+
+    Source:
+        Hassani et al., arXiv 2204.07143, eq. 1-3, and arXiv 2209.15001 (dilation); border rule
+        of NATTEN 0.14-0.17.
+    """
+    call = _prepare(query, key, value, kernel_size, dilation, bias, scale, pad)
+    return _op(call, impl)
+
+
+neighborhood_attention.op_name = "neighborhood"  # type: ignore[attr-defined]
