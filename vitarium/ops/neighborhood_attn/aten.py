@@ -1,57 +1,484 @@
-"""temporary
+"""Neighborhood attention in ordinary torch functions, fast on a CPU.
 
-Per axis of length L, kernel K and dilation d, position i has residue g = i mod d and rank
-p = i div d within its class, which holds Lg = ceil((L - g) / d) positions. Its window starts at
-rank s = clamp(p - (K - 1) / 2, 0, Lg - K), so neighbor a stands at index g + (s + a) d, and its
-bias is entry (s + a) - p + K - 1. The 2-D window is the product of both axes' windows.
+The map is cut into tiles of queries. A tile's windows lie inside its halo, a rectangle of keys
+that is only a little larger than one window, so attention becomes a batch of small dense
+attentions with a mask: the relative position bias inside the windows, minus infinity outside.
+Tiles in the interior of the map all share one mask; only those near a border differ. Tiles with
+the same mask ("kinds") are attended to in one call, so masks are never repeated.
+
+A dilated map is ``dh * dw`` independent maps, one per pair of residue classes: their tiles are
+more tiles of the same kinds. Everything about geometry is a table of indices (`_axis`).
+
+Eager training does not keep halos or masks: the backward pass gathers them again.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from vitarium.ops import _select
 
 if TYPE_CHECKING:
     from vitarium.ops.neighborhood_attn.op import Call
 
+_CHUNK = 1 << 18  # elements that are worked on at a time, so that they stay in cache
+_TRACED_TILE = (4, 7)
+
 
 def unsupported(call: Call) -> str | None:
-    """None: the definition has no limits."""
+    """None: runs everywhere."""
     return None
 
 
-def _axis(length: int, padded: int, kernel: int, dilation: int) -> tuple[Tensor, Tensor]:
-    """Neighbors of the first ``length`` positions of an axis: indices and bias entries [L, K]."""
-    index = torch.arange(length)
-    residue, rank = index % dilation, index // dilation
-    members = (padded - residue + dilation - 1) // dilation
-    start = torch.minimum((rank - kernel // 2).clamp(min=0), members - kernel)
-    window = start[:, None] + torch.arange(kernel)
-    return residue[:, None] + window * dilation, window - rank[:, None] + kernel - 1
-
-
 def run(call: Call) -> Tensor:
-    """Gather every query's keys and values, in float64."""
-    query, key, value = (x.double() for x in (call.query, call.key, call.value))
-    height, width = query.shape[1:3]
-    padded_height, padded_width = call.padded_size
-    if call.pad is not None and (padded_height, padded_width) != (height, width):
-        pad = call.pad.double()
-        below = (key.shape[0], padded_height - height, width, *key.shape[3:])
-        right = (key.shape[0], padded_height, padded_width - width, *key.shape[3:])
-        key, value = (
-            torch.cat([torch.cat([x, fill.expand(below)], 1), fill.expand(right)], 2)
-            for x, fill in ((key, pad[1]), (value, pad[2]))
-        )
-    rows, row_bias = _axis(height, padded_height, call.kernel_size[0], call.dilation[0])
-    columns, column_bias = _axis(width, padded_width, call.kernel_size[1], call.dilation[1])
-    rows, columns = rows[:, None, :, None], columns[None, :, None, :]  # [H, W, kh, kw]
-    neighbors_k, neighbors_v = key[:, rows, columns], value[:, rows, columns]
-    scores = torch.einsum("bhwnd,bhwklnd->bnhwkl", query * call.scale, neighbors_k)
-    if call.bias is not None:
-        scores = scores + call.bias.double()[:, row_bias[:, None, :, None], column_bias[:, None, :]]
-    weights = scores.flatten(-2).softmax(-1).view_as(scores)
-    out = torch.einsum("bnhwkl,bhwklnd->bhwnd", weights, neighbors_v)
-    return out.to(call.query.dtype)
+    """Attend tile by tile; with a gradient that gathers again where one is needed."""
+    if call.query.shape[0] == 0:
+        return torch.zeros_like(call.query, memory_format=torch.contiguous_format)
+    if _select.is_tracing():
+        return _traced(call)
+    tensors = (call.query, call.key, call.value, call.bias, call.pad)
+    geometry = _geometry(call)
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
+        return _Attention.apply(geometry, call.scale, *tensors)
+    return _forward(geometry, call.scale, *tensors)
+
+
+# Geometry: where the queries and keys of every tile stand, and which bias entry joins them.
+
+
+def _axis(length: int, padded: int, kernel: int, dilation: int, tile: int, device: torch.device):
+    """Tables of one axis: its tiles' queries, keys and bias entries.
+
+    Args:
+        length: positions with queries.
+        padded: positions with keys, at least ``kernel * dilation``.
+        kernel: window size.
+        dilation: number of residue classes.
+        tile: queries per tile.
+        device: where the tables live.
+
+    Returns:
+        query [tiles, tile]: positions; a ragged tile repeats its last one. real [tiles, tile]:
+        false for repetitions. key [tiles, halo]: positions on the padded axis. entry
+        [tiles, tile, halo]: bias entry, or -1 outside the query's window. slot [length]: where
+        in the flattened queries a position stands.
+    """
+    residue = torch.arange(dilation, device=device)[:, None]
+    members = (padded - residue + dilation - 1) // dilation
+    queries = ((length - residue + dilation - 1) // dilation).clamp(min=1)
+    longest_queries = (length + dilation - 1) // dilation
+    longest = (padded + dilation - 1) // dilation
+    tiles = (longest_queries + tile - 1) // tile
+    halo = min(tile + kernel - 1, longest)
+
+    first = torch.arange(tiles, device=device) * tile  # [tiles]
+    rank = first[:, None] + torch.arange(tile, device=device)
+    real = (rank < queries[..., None]) & (residue[..., None] < length)
+    rank = torch.minimum(rank, queries[..., None] - 1)  # [dilation, tiles, tile]
+    start = torch.minimum((first - kernel // 2).clamp(min=0), (members - halo).clamp(min=0))
+    key_rank = start[..., None] + torch.arange(halo, device=device)  # [dilation, tiles, halo]
+    window = torch.minimum((rank - kernel // 2).clamp(min=0), members[..., None] - kernel)
+    offset = key_rank[..., None, :] - window[..., None]
+    inside = (offset >= 0) & (offset < kernel)
+    entry = torch.where(inside, key_rank[..., None, :] - rank[..., None] + kernel - 1, -1)
+    query = (residue[..., None] + rank * dilation).clamp(max=length - 1)
+    key = (residue[..., None] + key_rank * dilation).clamp(max=padded - 1)
+    position = torch.arange(length, device=device)
+    slot = (position % dilation) * (tiles * tile) + position // dilation
+    return query.flatten(0, 1), real.flatten(0, 1), key.flatten(0, 1), entry.flatten(0, 1), slot
+
+
+def _join(rows: Tensor, columns: Tensor, width: int) -> Tensor:
+    """Row-major index of every pair: [R, *], [C, *] -> [R, C, rows of a tile, columns of it]."""
+    return rows[:, None, :, None] * width + columns[None, :, None, :]
+
+
+def _join_keys(rows: Tensor, columns: Tensor, height: int, width: int) -> Tensor:
+    """Like `_join`; a key on the padding gets the index behind the map's last."""
+    pair_rows, pair_columns = rows[:, None, :, None], columns[None, :, None, :]
+    on_map = (pair_rows < height) & (pair_columns < width)
+    return torch.where(on_map, pair_rows * width + pair_columns, height * width)
+
+
+def _join_entries(rows: Tensor, columns: Tensor, kernel: tuple[int, int]) -> Tensor:
+    """Index into a flattened bias: [R, C, queries, keys]; the entry behind the last masks."""
+    stride = 2 * kernel[1] - 1
+    pair_rows, pair_columns = rows[:, None, :, None, :, None], columns[None, :, None, :, None, :]
+    inside = (pair_rows >= 0) & (pair_columns >= 0)
+    entry = torch.where(inside, pair_rows * stride + pair_columns, (2 * kernel[0] - 1) * stride)
+    return entry.flatten(4, 5).flatten(2, 3)
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """Tiles that share a mask: queries [tiles, Lq], keys [tiles, Lk], entries [Lq, Lk]."""
+
+    query: Tensor
+    key: Tensor
+    entry: Tensor
+    real: Tensor | None  # [tiles, Lq] where some tile repeats a query, else None
+    runs: tuple[tuple[slice, slice], ...] | None  # the tiles as slices, where they are such
+
+
+def _runs(query: Tensor, key: Tensor) -> tuple[tuple[slice, slice], ...] | None:
+    """Slices for tiles whose queries and keys are consecutive (undilated, full-width tiles)."""
+    if bool((query.diff(dim=1) != 1).any()) or bool((key.diff(dim=1) != 1).any()):
+        return None
+    return tuple(
+        (slice(q, q + query.shape[1]), slice(k, k + key.shape[1]))
+        for q, k in zip(query[:, 0].tolist(), key[:, 0].tolist(), strict=True)
+    )
+
+
+@dataclass(frozen=True)
+class _Geometry:
+    size: int  # positions of the map
+    entries: int  # entries of a head's bias
+    padded: bool
+    kinds: tuple[_Kind, ...]
+
+
+def _geometry(call: Call) -> _Geometry:
+    batch, height, width, heads, _ = call.query.shape
+    padded = call.padded_size
+    tile = _tile(batch * heads, (height, width), padded, call.kernel_size, call.dilation)
+    return _tables(
+        (height, width), padded, call.kernel_size, call.dilation, tile, call.query.device
+    )
+
+
+def _cost(per_axis: list[tuple[int, int, int, int]], attentions: int) -> int:
+    """Rough time of a tiling, in multiply-adds of a query with a key (2 ns on a 2024 core)."""
+    (rows, tile_h, halo_h, kinds_h), (columns, tile_w, halo_w, kinds_w) = per_axis
+    queries, keys = tile_h * tile_w, halo_h * halo_w
+    blocks = -(-queries // 32)  # the attention kernel works on 32 queries at a time
+    one = queries * keys + blocks * (600 + 12 * keys)
+    return attentions * rows * columns * one + kinds_h * kinds_w * 15_000
+
+
+@lru_cache(maxsize=256)
+def _tile(
+    attentions: int,
+    size: tuple[int, int],
+    padded: tuple[int, int],
+    kernel: tuple[int, int],
+    dilation: tuple[int, int],
+) -> tuple[int, int]:
+    """The tile with the least estimated time for ``attentions`` (batch x heads) maps."""
+    options = []
+    for length, full, k, d in zip(size, padded, kernel, dilation, strict=True):
+        queries, keys = -(-length // d), -(-full // d)
+        axis = []
+        for tile in range(1, min(queries, 32) + 1):
+            count = -(-queries // tile)
+            kinds = min(count, 2 * -(-(k // 2) // tile) + 1 + (queries % tile > 0))
+            axis.append((count * d, tile, min(tile + k - 1, keys), kinds))
+        options.append(axis)
+    pairs = [[h, w] for h in options[0] for w in options[1] if h[1] * w[1] <= 64]
+    best = min(pairs, key=lambda pair: _cost(pair, attentions))
+    return best[0][1], best[1][1]
+
+
+@lru_cache(maxsize=64)
+def _tables(
+    size: tuple[int, int],
+    padded: tuple[int, int],
+    kernel: tuple[int, int],
+    dilation: tuple[int, int],
+    tile: tuple[int, int],
+    device: torch.device,
+) -> _Geometry:
+    axes = []
+    for args in zip(size, padded, kernel, dilation, tile, strict=True):
+        query, real, key, entry, _ = _axis(*args, torch.device("cpu"))
+        _, kind = entry.flatten(1).unique(dim=0, return_inverse=True)
+        axes.append((query, real, key, entry, [kind == i for i in range(int(kind.max()) + 1)]))
+    (rows, columns), kinds = axes, []
+    for row_kind in rows[4]:
+        for column_kind in columns[4]:
+            query_h, real_h, key_h, entry_h = (x[row_kind] for x in rows[:4])
+            query_w, real_w, key_w, entry_w = (x[column_kind] for x in columns[:4])
+            query = _join(query_h, query_w, size[1]).flatten(2).flatten(0, 1)
+            real = (real_h[:, None, :, None] & real_w[None, :, None, :]).flatten(2).flatten(0, 1)
+            used = real.any(1)
+            if not used.any():
+                continue
+            key = _join_keys(key_h, key_w, *size).flatten(2).flatten(0, 1)
+            entry = _join_entries(entry_h[:1], entry_w[:1], kernel)[0, 0]
+            query, key, real = query[used], key[used], real[used]
+            kinds.append(
+                _Kind(
+                    query.to(device),
+                    key.to(device),
+                    entry.to(device),
+                    None if real.all() else real.to(device),
+                    _runs(query, key) if real.all() else None,
+                )
+            )
+    entries = (2 * kernel[0] - 1) * (2 * kernel[1] - 1)
+    return _Geometry(size[0] * size[1], entries, padded != size, tuple(kinds))
+
+
+# The eager computation. Maps are [B, positions, channels] in it.
+
+_At = Tensor | tuple[slice, slice]  # rows [N, L] of the flattened map, or its images and positions
+
+
+def _map(x: Tensor, pad: Tensor | None = None) -> Tensor:
+    """[B, H, W, heads, head_dim] -> [B, H * W, channels], a view where it can be one.
+
+    ``pad`` [heads, head_dim] becomes one more position, behind the map's own.
+    """
+    if pad is not None:
+        flat = x.flatten(3).flatten(1, 2)
+        return torch.cat([flat, pad.flatten().expand(flat.shape[0], 1, -1)], 1)
+    rows = x.reshape(x.shape[0] * x.shape[1] * x.shape[2], x.shape[3] * x.shape[4])
+    return rows.view(x.shape[0], -1, rows.shape[1])
+
+
+def _maps(geometry: _Geometry, key: Tensor, value: Tensor, pad: Tensor | None) -> list[Tensor]:
+    if pad is None or not geometry.padded:
+        return [_map(key), _map(value)]
+    return [_map(key, pad[1]), _map(value, pad[2])]
+
+
+def _bias_table(bias: Tensor | None, like: Tensor) -> Tensor:
+    """[heads or 1, entries + 1]: the flattened bias, and minus infinity as its last entry."""
+    if bias is None:
+        # every entry inside a window is 0; `_mask` clamps the index into these two
+        return like.new_tensor([[0.0, float("-inf")]])
+    return torch.cat([bias.flatten(1), bias.new_full((bias.shape[0], 1), float("-inf"))], 1)
+
+
+def _mask(table: Tensor, entry: Tensor, entries: int) -> Tensor:
+    """Additive mask of a kind of tiles, [1, heads or 1, Lq, Lk]."""
+    if table.shape[1] == 2:
+        entry = (entry == entries).long()
+    return table.index_select(1, entry.flatten()).view(1, -1, *entry.shape)
+
+
+def _parts(
+    kind: _Kind, batch: int, positions: int, keys: int, weight: int
+) -> Iterator[tuple[_At, _At, Tensor | None]]:
+    """Tiles of a kind in parts that stay in cache: where queries and keys stand, and what is real.
+
+    ``weight`` is the number of elements that a tile puts into memory.
+    """
+    if kind.runs is not None:
+        images = max(1, _CHUNK // weight)
+        for image in range(0, batch, images):
+            for query, key in kind.runs:
+                yield (
+                    (slice(image, image + images), query),
+                    (slice(image, image + images), key),
+                    None,
+                )
+        return
+    tiles = kind.key.shape[0]
+    images = max(1, _CHUNK // (tiles * weight))
+    step = max(1, _CHUNK // weight) if images == 1 else tiles
+    for image in range(0, batch, images):
+        index = torch.arange(image, min(batch, image + images), device=kind.query.device)
+        for tile in range(0, tiles, step):
+            part = slice(tile, tile + step)
+            query = (kind.query[part] + index[:, None, None] * positions).flatten(0, 1)
+            key = (kind.key[part] + index[:, None, None] * keys).flatten(0, 1)
+            yield query, key, None if kind.real is None else kind.real[part].repeat(len(index), 1)
+
+
+def _take(source: Tensor, at: _At, heads: int) -> Tensor:
+    """What stands there, [N, heads, L, head_dim]."""
+    if isinstance(at, Tensor):
+        taken = source.flatten(0, 1).index_select(0, at.flatten()).unflatten(0, at.shape)
+    else:
+        taken = source[at]
+    return taken.unflatten(2, (heads, -1)).transpose(1, 2)
+
+
+def _put(target: Tensor, at: _At, x: Tensor) -> None:
+    """Write [N, heads, L, head_dim] there."""
+    x = x.transpose(1, 2).flatten(2)
+    if isinstance(at, Tensor):
+        target.flatten(0, 1).index_copy_(0, at.flatten(), x.flatten(0, 1))
+    else:
+        target[at] = x
+
+
+def _add(target: Tensor, at: _At, x: Tensor) -> None:
+    """Add [N, heads, L, head_dim] there."""
+    x = x.transpose(1, 2).flatten(2)
+    if isinstance(at, Tensor):
+        target.flatten(0, 1).index_add_(0, at.flatten(), x.flatten(0, 1))
+    else:
+        target[at] += x
+
+
+def _forward(
+    geometry: _Geometry,
+    scale: float,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    pad: Tensor | None,
+) -> Tensor:
+    batch, heads = query.shape[0], query.shape[3]
+    queries = _map(query)
+    keys, values = _maps(geometry, key, value, pad)
+    out = torch.empty_like(queries, memory_format=torch.contiguous_format)
+    table = _bias_table(bias, query)
+    for kind in geometry.kinds:
+        mask = _mask(table, kind.entry, geometry.entries)
+        weight = kind.key.shape[1] * keys.shape[2]
+        for at, near, _ in _parts(kind, batch, geometry.size, keys.shape[1], weight):
+            attended = F.scaled_dot_product_attention(
+                _take(queries, at, heads),
+                _take(keys, near, heads),
+                _take(values, near, heads),
+                attn_mask=mask,
+                scale=scale,
+            )
+            _put(out, at, attended)
+    return out.view(query.shape)
+
+
+class _Attention(torch.autograd.Function):
+    """`_forward` with a backward pass that gathers and attends again, part by part."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        geometry: _Geometry,
+        scale: float,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        bias: Tensor | None,
+        pad: Tensor | None,
+    ) -> Tensor:
+        ctx.save_for_backward(query, key, value, bias, pad)
+        ctx.geometry, ctx.scale = geometry, scale
+        return _forward(geometry, scale, query, key, value, bias, pad)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, bias, pad = ctx.saved_tensors
+        grads = _backward(ctx.geometry, ctx.scale, grad, query, key, value, bias, pad)
+        wanted = ctx.needs_input_grad[2:]
+        return None, None, *(g if want else None for g, want in zip(grads, wanted, strict=True))
+
+
+def _backward(
+    geometry: _Geometry,
+    scale: float,
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    pad: Tensor | None,
+) -> tuple[Tensor | None, ...]:
+    """Gradients of query, key, value, bias and pad; half precision accumulates in float32."""
+    batch, heads = query.shape[0], query.shape[3]
+    exact = torch.promote_types(query.dtype, torch.float32)
+    queries, grads = _map(query), _map(grad)
+    keys, values = _maps(geometry, key, value, pad)
+    grad_queries = torch.empty(queries.shape, dtype=exact, device=query.device)
+    grad_keys = torch.zeros(keys.shape, dtype=exact, device=query.device)
+    grad_values = torch.zeros_like(grad_keys)
+    table = _bias_table(bias, query).to(exact)
+    grad_table = torch.zeros(heads, geometry.entries + 1, dtype=exact, device=query.device)
+    for kind in geometry.kinds:
+        mask = _mask(table, kind.entry, geometry.entries)
+        weight = kind.entry.numel() * heads
+        for at, near, real in _parts(kind, batch, geometry.size, keys.shape[1], weight):
+            q, k, v, g = (
+                _take(source, where, heads).to(exact).flatten(0, 1)
+                for source, where in ((queries, at), (keys, near), (values, near), (grads, at))
+            )
+            q = q * scale
+            if real is not None:
+                g = g * real.repeat_interleave(heads, 0)[..., None]
+            scores = torch.bmm(q, k.transpose(1, 2)).unflatten(0, (-1, heads)).add_(mask)
+            weights = scores.softmax(-1).flatten(0, 1)
+            grad_weights = torch.bmm(g, v.transpose(1, 2))
+            grad_scores = torch._softmax_backward_data(grad_weights, weights, -1, exact)
+            grad_q = torch.bmm(grad_scores, k).mul_(scale).unflatten(0, (-1, heads))
+            grad_k = torch.bmm(grad_scores.transpose(1, 2), q).unflatten(0, (-1, heads))
+            grad_v = torch.bmm(weights.transpose(1, 2), g).unflatten(0, (-1, heads))
+            _add(grad_keys, near, grad_k)
+            _add(grad_values, near, grad_v)
+            if real is None:
+                _put(grad_queries, at, grad_q)
+            else:
+                rows = grad_q.transpose(1, 2).flatten(2)[real]
+                grad_queries.flatten(0, 1).index_copy_(0, at[real], rows)
+            if bias is not None:
+                summed = grad_scores.unflatten(0, (-1, heads)).sum(0).flatten(1)
+                grad_table.index_add_(1, kind.entry.flatten(), summed)
+    grad_pad = None
+    if pad is not None:
+        grad_pad = torch.zeros_like(pad)
+        if geometry.padded:
+            for i, x in enumerate((grad_keys, grad_values)):
+                grad_pad[i + 1] = x[:, -1].sum(0).view(pad.shape[1:])
+    return (
+        grad_queries.view(query.shape).to(query.dtype),
+        *(x[:, : geometry.size].view(key.shape).to(key.dtype) for x in (grad_keys, grad_values)),
+        None if bias is None else grad_table[:, :-1].reshape(bias.shape).to(bias.dtype),
+        grad_pad,
+    )
+
+
+# The traced computation: the same tiles, all in one call, nothing cached or read.
+
+
+def _traced(call: Call) -> Tensor:
+    batch, height, width, heads, head_dim = call.query.shape
+    padded = call.padded_size
+    axes = []
+    for length, full, k, d, tile in zip(
+        (height, width), padded, call.kernel_size, call.dilation, _TRACED_TILE, strict=True
+    ):
+        axes.append(_axis(length, full, k, d, tile, call.query.device))
+    (query_h, _, key_h, entry_h, slot_h), (query_w, _, key_w, entry_w, slot_w) = axes
+    at = _join(query_h, query_w, width).flatten(2).flatten(0, 1)
+    near = _join_keys(key_h, key_w, height, width).flatten(2).flatten(0, 1)
+    entry = _join_entries(entry_h, entry_w, call.kernel_size).flatten(0, 1)
+
+    key, value = (x.flatten(3).flatten(1, 2) for x in (call.key, call.value))
+    if call.pad is not None and padded != (height, width):
+        fill = call.pad.flatten(1)[:, None, None].expand(-1, batch, -1, -1)
+        key, value = torch.cat([key, fill[1]], 1), torch.cat([value, fill[2]], 1)
+
+    def take(x: Tensor, index: Tensor) -> Tensor:
+        taken = x.index_select(1, index.flatten()).view(batch, *index.shape, heads, head_dim)
+        return taken.transpose(2, 3)  # [B, tiles, heads, L, head_dim]
+
+    table = _bias_table(call.bias, call.query)
+    entries = (2 * call.kernel_size[0] - 1) * (2 * call.kernel_size[1] - 1)
+    index = entry if call.bias is not None else (entry == entries).long()
+    mask = table[:, index].transpose(0, 1)  # [tiles, heads or 1, Lq, Lk]
+    out = F.scaled_dot_product_attention(
+        take(call.query.flatten(3).flatten(1, 2), at),
+        take(key, near),
+        take(value, near),
+        attn_mask=mask,
+        scale=call.scale,
+    )
+    # tiles are [rows of tiles, columns of tiles], queries in them [rows, columns]
+    (th, tw), columns = _TRACED_TILE, query_w.shape[0]
+    row_tile, row = slot_h[:, None] // th, slot_h[:, None] % th
+    column_tile, column = slot_w[None] // tw, slot_w[None] % tw
+    slot = ((row_tile * columns + column_tile) * th + row) * tw + column
+    out = out.transpose(2, 3).reshape(batch, -1, heads * head_dim)
+    return out.index_select(1, slot.flatten()).view(batch, height, width, heads, head_dim)
