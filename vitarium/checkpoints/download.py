@@ -24,13 +24,15 @@ import torch.hub
 from filelock import FileLock
 
 from vitarium.checkpoints.errors import CheckpointError
-from vitarium.checkpoints.files import check_structure
+from vitarium.checkpoints.files import KINDS, check_structure, kind_of
 from vitarium.checkpoints.wrappers import WRAPPERS
 
 _PACKAGED = Path(__file__).resolve().parent.parent / "backbones" / "weights"
 _NAME = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9_+-]|\.(?!\.)){0,150}")
+_ADDRESS = re.compile(r"https?://[A-Za-z0-9\[][!-~]*")
 _SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")
 _CHUNK = 1 << 20
+_HEAD = 512  # bytes that tell what a file is; less may be a broken connection
 _TIMEOUT = 30.0  # seconds without a byte
 _PAUSES = (0.5, 2.0)  # seconds before the second and the third attempt at one address
 _LONGEST_PAUSE = 20.0  # seconds, where a server asks for more
@@ -62,11 +64,8 @@ class Weight:
     file: str | None = None
 
     def __post_init__(self) -> None:
-        for address in (self.url, *self.mirrors):
-            if address is not None and urllib.parse.urlsplit(address).scheme not in (
-                "http",
-                "https",
-            ):
+        for address in self.addresses:
+            if not _ADDRESS.fullmatch(address):
                 raise ValueError(f"url: expected an http or https address, got {address!r}")
         if self.mirrors and self.url is None:
             raise ValueError("mirrors: expected a url that they mirror, got None")
@@ -80,6 +79,11 @@ class Weight:
             raise ValueError(f"wrapper: expected plain or one of {WRAPPERS}, got {self.wrapper!r}")
         if self.file is not None:
             _checked_name(self.file, "file")
+
+    @property
+    def addresses(self) -> tuple[str, ...]:
+        """The url, then its mirrors."""
+        return (() if self.url is None else (self.url,)) + self.mirrors
 
 
 def fetch(weight: Weight, name: str, progress: bool | None = None) -> Path:
@@ -160,8 +164,7 @@ def _replace(path: Path, weight: Weight, name: str, progress: bool | None) -> Pa
     part = path.with_name(path.name + ".part")
     try:
         failures = []
-        for url in (weight.url, *weight.mirrors):
-            assert url is not None
+        for url in weight.addresses:
             try:
                 _download(url, part, weight, name, progress)
                 break
@@ -169,12 +172,13 @@ def _replace(path: Path, weight: Weight, name: str, progress: bool | None) -> Pa
                 failures.append(f"{url}: {error}")
         else:
             raise CheckpointError(f"{name}: cannot be downloaded{aside}. {'; '.join(failures)}")
-        _record(path, part)
+        if weight.sha256 is None:
+            _record(path, part)
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
     if aside:
-        warnings.warn(f"{name}: downloaded anew{aside}", stacklevel=4)
+        warnings.warn(f"{name}: downloaded anew{aside}", stacklevel=3)
     return path
 
 
@@ -271,49 +275,61 @@ def _download(url: str, part: Path, weight: Weight, name: str, progress: bool | 
 
 
 def _transfer(url: str, part: Path, weight: Weight, name: str, progress: bool | None) -> None:
+    with _open(url) as response, part.open("wb") as file:
+        expected = weight.size if response.length is None else response.length
+        with _progress(name, expected, progress) as advance:
+            received = 0
+            for chunk in _chunks(response):
+                if received == 0 and len(chunk) >= _HEAD:
+                    _check_start(chunk, expected, weight, part)
+                received += len(chunk)
+                if expected is not None and received > expected:
+                    raise CheckpointError(f"sends more than the expected {expected} bytes")
+                file.write(chunk)
+                advance(len(chunk))
+        if expected is not None and received != expected:
+            raise _TransientError(f"the connection ended after {received} of {expected} bytes")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _open(url: str) -> http.client.HTTPResponse:
     request = urllib.request.Request(url, headers={"User-Agent": "vitarium"})
     opener = urllib.request.build_opener(_Redirects())
     try:
-        with opener.open(request, timeout=_TIMEOUT) as response, part.open("wb") as file:
-            expected = _announced(response, weight, part)
-            with _progress(name, expected, progress) as advance:
-                received = 0
-                while chunk := response.read(_CHUNK):
-                    received += len(chunk)
-                    if expected is not None and received > expected:
-                        raise CheckpointError(f"sends more than the expected {expected} bytes")
-                    file.write(chunk)
-                    advance(len(chunk))
-            if expected is not None and received != expected:
-                raise _TransientError(f"the connection ended after {received} of {expected} bytes")
-            file.flush()
-            os.fsync(file.fileno())
+        return opener.open(request, timeout=_TIMEOUT)
     except urllib.error.HTTPError as error:
-        answer = f"HTTP {error.code} {error.reason}"
-        if error.code in _TRANSIENT:
-            raise _TransientError(answer, _retry_after(error)) from error
-        raise CheckpointError(answer) from error
+        with error:
+            answer = f"HTTP {error.code} {error.reason}"
+            if error.code in _TRANSIENT:
+                raise _TransientError(answer, _retry_after(error)) from error
+            raise CheckpointError(answer) from error
     except urllib.error.URLError as error:
         raise _TransientError(f"cannot be reached: {error.reason}") from error
-    except TimeoutError as error:
-        raise _TransientError(f"no byte for {_TIMEOUT:g} seconds") from error
-    except (ConnectionError, http.client.HTTPException) as error:
+    except (OSError, http.client.HTTPException) as error:
         raise _TransientError(f"the connection broke: {error!r}") from error
 
 
-def _announced(response: http.client.HTTPResponse, weight: Weight, part: Path) -> int | None:
-    """How many bytes will come, where the server or the registry says so."""
-    kind = response.headers.get_content_type()
-    if kind in ("text/html", "application/json", "application/xml", "text/xml"):
-        raise CheckpointError(f"sent a web page or an error message ({kind}), not a checkpoint")
-    length = response.length
-    if length is not None and weight.size is not None and length != weight.size:
-        raise CheckpointError(f"sent the wrong file: expected {weight.size} bytes, got {length}")
-    expected = weight.size if length is None else length
+def _chunks(response: http.client.HTTPResponse) -> Iterator[bytes]:
+    try:
+        while chunk := response.read(_CHUNK):
+            yield chunk
+    except TimeoutError as error:
+        raise _TransientError(f"no byte for {_TIMEOUT:g} seconds") from error
+    except (OSError, http.client.HTTPException) as error:
+        raise _TransientError(f"the connection broke: {error!r}") from error
+
+
+def _check_start(chunk: bytes, expected: int | None, weight: Weight, part: Path) -> None:
+    """Refuse what is seen to be wrong from its first bytes and its announced length."""
+    kind = kind_of(chunk)
+    if kind not in KINDS:
+        raise CheckpointError(f"sent {kind} instead of a checkpoint")
+    if weight.size is not None and expected != weight.size:
+        raise CheckpointError(f"sent the wrong file: expected {weight.size} bytes, got {expected}")
     free = shutil.disk_usage(part.parent).free
     if expected is not None and expected > free:
         raise CheckpointError(f"needs {expected} bytes, and {part.parent} has {free} left")
-    return expected
 
 
 def _retry_after(error: urllib.error.HTTPError) -> float:

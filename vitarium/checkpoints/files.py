@@ -26,6 +26,7 @@ _BITS = {
     "U64": 64, "I64": 64, "F64": 64, "C64": 64,
 }  # fmt: skip
 _FIRST_SAFE_TORCH = "2.10"
+KINDS = ("safetensors", "zip", "pickle")
 _MAGIC = (
     (b"PK\x03\x04", "zip"),
     (b"\x80", "pickle"),
@@ -79,29 +80,31 @@ def check_structure(path: Path) -> str:
         raise CheckpointError("expected a checkpoint file, got a folder")
     if not path.exists():
         raise CheckpointError("no such file")
+    if not path.is_file():
+        raise CheckpointError("expected a checkpoint file, got a device or a pipe")
     size = path.stat().st_size
     with path.open("rb") as file:
-        head = file.read(512)
-    kind = _kind(head)
+        kind = kind_of(file.read(512))
     if kind == "safetensors":
         read_header(path)
     elif kind == "zip":
         _check_zip(path, size)
-    elif kind != "pickle":
+    elif kind not in KINDS:
         raise CheckpointError(f"expected safetensors or a PyTorch checkpoint, got {kind}")
     return kind
 
 
-def _kind(head: bytes) -> str:
+def kind_of(head: bytes) -> str:
+    """What a file is by its first bytes: one of `KINDS`, or a description in words."""
     if not head:
         return "an empty file"
+    if head[8:9] == b"{" and head[5:8] == bytes(3):
+        return "safetensors"
     for magic, kind in _MAGIC:
         if head.startswith(magic):
             return kind
     if head[257:262] == b"ustar":
         return "a tar archive, which is not unpacked"
-    if head[8:9] == b"{":
-        return "safetensors"
     text = head.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
     if text.startswith(b"<"):
         return "a web page (HTML or XML)"
@@ -209,10 +212,11 @@ def _unpickle(path: Path) -> dict[str, Any]:
         )
     try:
         # Training scripts save their arguments beside the weights: a bag of plain values.
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            loaded = torch.load(path, map_location="cpu", weights_only=True)
+        # An open file, because torch.load would go by the ending of a name.
+        with torch.serialization.safe_globals([argparse.Namespace]), path.open("rb") as file:
+            loaded = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged pickle can raise anything, and nothing of it is ours
-        refused = re.findall(r"GLOBAL ([\w.]+) was not an allowed global", str(error))
+        refused = re.findall(r"GLOBAL ([\w.]+) ", str(error))
         if refused:
             raise CheckpointError(
                 f"refused: it asks to run {', '.join(refused)}, and only tensors and plain data "

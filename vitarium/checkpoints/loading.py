@@ -99,7 +99,7 @@ def convert(state_dict: Mapping[str, Tensor], model: nn.Module) -> dict[str, Ten
     prefix = "model."
     outer = {name: tensor for name, tensor in state_dict.items() if name in own}
     rest = {name: tensor for name, tensor in state_dict.items() if name not in own}
-    for name, tensor in convert(rest, inner).items():
+    for name, tensor in (convert(rest, inner) if rest else {}).items():
         target = prefix + name if prefix + name in own else name
         if target in outer:
             raise CheckpointError(f"two tensors of the checkpoint would both become {target}")

@@ -1,0 +1,89 @@
+"""A web server on loopback that misbehaves on request."""
+
+from __future__ import annotations
+
+import socket
+import struct
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any, Literal
+
+
+@dataclass(frozen=True)
+class Reply:
+    """One answer: what is sent, what length is announced, and how the connection ends."""
+
+    body: bytes = b""
+    status: int = 200
+    headers: Mapping[str, str] = field(default_factory=dict)
+    announce: int | Literal["nothing"] | None = None  # None: the body's true length
+    end: Literal["close", "reset", "stall"] = "close"
+
+
+class Server:
+    """Serves each path's replies in turn, the last one for ever; other paths are 404.
+
+    >>> with Server({"/x.pth": [Reply(status=500), Reply(b"...")]}) as server:
+    ...     fetch(Weight(url=server.url("/x.pth")), "x")
+    ...     server.requests  # ["/x.pth", "/x.pth"]
+    """
+
+    def __init__(self, replies: Mapping[str, Reply | Sequence[Reply]]) -> None:
+        self._replies = {
+            path: [reply] if isinstance(reply, Reply) else list(reply)
+            for path, reply in replies.items()
+        }
+        self._lock = threading.Lock()
+        self._over = threading.Event()
+        self.requests: list[str] = []
+        server = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                server._answer(self)
+
+            def log_message(self, format: str, *args: Any) -> None:
+                pass
+
+        self._http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._http.daemon_threads = True
+        self._thread = threading.Thread(target=self._http.serve_forever, args=(0.01,), daemon=True)
+
+    def url(self, path: str) -> str:
+        return f"http://127.0.0.1:{self._http.server_port}{path}"
+
+    def __enter__(self) -> Server:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._over.set()
+        self._http.shutdown()
+        self._http.server_close()
+
+    def _next(self, path: str) -> Reply:
+        with self._lock:
+            self.requests.append(path)
+            replies = self._replies.get(path, [Reply(b"not found", status=404)])
+            return replies.pop(0) if len(replies) > 1 else replies[0]
+
+    def _answer(self, handler: BaseHTTPRequestHandler) -> None:
+        reply = self._next(handler.path)
+        handler.send_response(reply.status)
+        for name, value in reply.headers.items():
+            handler.send_header(name, value)
+        if reply.announce != "nothing":
+            length = len(reply.body) if reply.announce is None else reply.announce
+            handler.send_header("Content-Length", str(length))
+        handler.end_headers()
+        handler.wfile.write(reply.body)
+        handler.wfile.flush()
+        if reply.end == "stall":
+            self._over.wait(60)
+        elif reply.end == "reset":
+            # A zero linger time makes close() send RST instead of FIN.
+            linger = struct.pack("ii", 1, 0)
+            handler.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+            handler.connection.close()

@@ -1,0 +1,490 @@
+"""Reading, unwrapping, renaming, comparing and loading checkpoints."""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import io
+import json
+import os
+import pickle
+import tarfile
+import zipfile
+
+import pytest
+import torch
+from safetensors.torch import save, save_file
+from torch import nn
+
+from vitarium import checkpoints
+from vitarium.checkpoints import CheckpointError, Renames, compare, convert, load, read, unwrap
+
+
+class Toy(nn.Module):
+    """Ours: stages.{i}.{downsample,mix}, norm, head. The authors' ends a stage by downsampling."""
+
+    def __init__(self, num_classes: int = 5) -> None:
+        super().__init__()
+        self.stages = nn.ModuleList(
+            nn.ModuleDict({"mix": nn.Linear(4, 6)} | ({"downsample": nn.Linear(6, 4)} if i else {}))
+            for i in range(3)
+        )
+        self.norm = nn.BatchNorm1d(6)
+        self.head = nn.Linear(6, num_classes)
+
+
+class Wrapper(nn.Module):
+    """A toy inside a model that needs no classifier and adds a norm of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = Toy()
+        del self.model.head, self.model.norm
+        self.norm0 = nn.LayerNorm(6)
+
+    def checkpoint_ignore(self) -> dict[str, str]:
+        return {"head.*": "classifier", "norm.*": "norm before the classifier"}
+
+
+# Like FeatureBackbone, it stands in another module than the filter of the model inside.
+Wrapper.__module__ = nn.__name__
+
+TABLE = Renames(
+    [
+        ("layers.{i}.downsample.", "stages.{i+1}.downsample."),
+        ("layers.{i}.", "stages.{i}."),
+        ("fc.weight", "head.weight"),
+        ("fc.bias", "head.bias"),
+    ],
+    values={"stages.{i}.mix.weight": (lambda w: w.t() * 2, lambda w: w.t() / 2)},
+)
+
+
+def checkpoint_filter_fn(state_dict, model):
+    return TABLE.to_ours(state_dict, model)
+
+
+def toy(seed: int = 0) -> Toy:
+    torch.manual_seed(seed)
+    return Toy()
+
+
+def authors(model: nn.Module) -> dict[str, torch.Tensor]:
+    return TABLE.to_authors(model.state_dict())
+
+
+def copied(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return list(a) == list(b) and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_names_go_both_ways_with_shifted_fields():
+    pairs = {
+        "layers.0.downsample.weight": "stages.1.downsample.weight",
+        "layers.1.mix.bias": "stages.1.mix.bias",
+        "layers.11.downsample.norm.weight": "stages.12.downsample.norm.weight",
+        "fc.weight": "head.weight",
+        "fc.weight_g": "fc.weight_g",
+        "norm.weight": "norm.weight",
+    }
+    for theirs, ours in pairs.items():
+        assert TABLE.ours(theirs) == ours
+        assert TABLE.authors(ours) == theirs
+
+
+def test_a_field_that_occurs_twice_is_one_number():
+    table = Renames([("stage{i}.stage{i}_norm.", "stages.{i-1}.norm.")])
+    assert table.ours("stage2.stage2_norm.weight") == "stages.1.norm.weight"
+    assert table.authors("stages.1.norm.weight") == "stage2.stage2_norm.weight"
+    for name in ("stage2.stage3_norm.weight", "stage0.stage0_norm.weight", "stage02.stage02_norm."):
+        assert table.ours(name) == name
+
+
+def test_conversion_there_and_back_is_exact_and_leaves_its_input_alone():
+    model = toy()
+    theirs = authors(model)
+    assert set(theirs) & {"layers.0.downsample.weight", "fc.bias"}
+    assert torch.equal(theirs["layers.0.mix.weight"], model.stages[0]["mix"].weight.t() / 2)
+    before = {name: tensor.clone() for name, tensor in theirs.items()}
+    ours = TABLE.to_ours(theirs, model)
+    assert {name: tensor.tolist() for name, tensor in ours.items()} == {
+        name: tensor.tolist() for name, tensor in model.state_dict().items()
+    }
+    assert same(theirs, before)
+
+
+def test_our_own_format_is_left_as_it_is():
+    model = toy()
+    own = copied(model)
+    assert same(convert(own, model), own)
+    del own["norm.bias"]
+    assert same(convert(own, model), own)
+
+
+def test_names_that_collide_or_do_not_lead_back_are_errors():
+    model = nn.ModuleDict({"a": nn.Linear(1, 1), "b": nn.Linear(1, 1)})
+    tensor = torch.zeros(1)
+    collide = Renames([("x.", "a."), ("y.", "a.")])
+    with pytest.raises(CheckpointError, match=r"x\.bias and y\.bias would both become a\.bias"):
+        collide.to_ours({"x.bias": tensor, "y.bias": tensor}, model)
+    with pytest.raises(CheckpointError, match=r"y\.bias is ambiguous.*leads back to x\.bias"):
+        collide.to_ours({"y.bias": tensor}, model)
+    taken = Renames([("x.", "a.")])
+    with pytest.raises(CheckpointError, match="ambiguous"):
+        taken.to_ours({"a.bias": tensor, "x.weight": tensor, "x.bias": tensor}, model)
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([("", "a.")], "template"),
+        ([("a.{i", "b.{i}")], "template"),
+        ([("a.{i*2}.", "b.{i}.")], "template"),
+        ([("a.{i}.", "b.")], "same fields"),
+        ([("a.{i}.", "b.{j}.")], "same fields"),
+        ([("a.", "b")], "two prefixes"),
+    ],
+)
+def test_tables_that_cannot_be_inverted_are_refused(rows, message):
+    with pytest.raises(ValueError, match=message):
+        Renames(rows)
+
+
+def test_values_need_rows():
+    with pytest.raises(ValueError, match="values"):
+        Renames([], values={"a.weight": (torch.neg, torch.neg)})
+
+
+def test_a_tensor_that_cannot_be_converted_is_named():
+    theirs = authors(toy())
+    theirs["layers.1.mix.weight"] = torch.zeros(2, 3, 4)
+    with pytest.raises(CheckpointError, match=r"stages\.1\.mix\.weight.*\[2, 3, 4\]"):
+        convert(theirs, toy())
+
+
+STATE = {"a.weight": torch.arange(3.0), "b.bias": torch.arange(2.0)}
+WRAPPED = {
+    "plain": STATE,
+    "model": {"model": STATE, "epoch": 3},
+    "state_dict": {"state_dict": STATE, "meta": {"x": [1]}, "optimizer": {}},
+    "ema": {"state_dict": {"a.weight": torch.zeros(1)}, "state_dict_ema": STATE},
+    "model_ema": {"model": {"a.weight": torch.zeros(1)}, "model_ema": STATE},
+    "no ema": {"model": STATE, "model_ema": None},
+    "nested": {"model": {"state_dict": STATE}},
+    "module": {f"module.{name}": tensor for name, tensor in STATE.items()},
+    "compiled": {f"module._orig_mod.{name}": tensor for name, tensor in STATE.items()},
+    "detector": {
+        "state_dict": {f"backbone.{name}": tensor for name, tensor in STATE.items()}
+        | {"neck.conv.weight": torch.zeros(1), "roi_head.fc.bias": torch.zeros(1)}
+    },
+}
+
+
+@pytest.mark.parametrize("obj", WRAPPED.values(), ids=WRAPPED.keys())
+def test_unwrap_finds_the_tensors(obj):
+    assert same(unwrap(obj), STATE)
+
+
+def test_unwrap_obeys_a_given_wrapper():
+    assert list(unwrap(WRAPPED["model_ema"], "model")) == ["a.weight"]
+    assert unwrap(WRAPPED["model_ema"], "model")["a.weight"].shape == (1,)
+    with pytest.raises(CheckpointError, match="state_dict_ema"):
+        unwrap(WRAPPED["model"], "state_dict_ema")
+    with pytest.raises(CheckpointError, match="'model'"):
+        unwrap(WRAPPED["model"], "plain")
+    with pytest.raises(ValueError, match="wrapper"):
+        unwrap(WRAPPED["model"], "net")
+
+
+@pytest.mark.parametrize(
+    ("obj", "message"),
+    [
+        ([STATE], "list"),
+        ({}, "empty"),
+        ({"model": {}}, "empty"),
+        ({"a": torch.zeros(1), "b": 3}, "int at 'b'"),
+        ({0: torch.zeros(1)}, "at 0"),
+        ({"a": torch.eye(2).to_sparse()}, "sparse"),
+    ],
+)
+def test_unwrap_refuses_what_is_no_state_dict(obj, message):
+    with pytest.raises(CheckpointError, match=message):
+        unwrap(obj)
+
+
+def zipped(obj) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(obj, buffer)
+    return buffer.getvalue()
+
+
+def legacy(obj) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(obj, buffer, _use_new_zipfile_serialization=False)
+    return buffer.getvalue()
+
+
+FORMATS = {"safetensors": save, "zip": zipped, "legacy": legacy}
+
+
+@pytest.mark.parametrize("write", FORMATS.values(), ids=FORMATS.keys())
+def test_read_goes_by_content_not_by_name(write, tmp_path):
+    for name in ("x.pth", "x.safetensors", "x"):
+        (tmp_path / name).write_bytes(write(STATE))
+        assert {k: v.tolist() for k, v in read(tmp_path / name).items()} == {
+            k: v.tolist() for k, v in STATE.items()
+        }
+
+
+def test_a_header_whose_length_looks_like_a_pickle_is_safetensors(tmp_path):
+    name = "n" * 400
+    while (data := save({name: torch.ones(1)}))[0] != 0x80:
+        name += "n"
+    (tmp_path / "x.pth").write_bytes(data)
+    assert list(read(tmp_path / "x.pth")) == [name]
+
+
+def test_read_takes_training_states_with_their_arguments(tmp_path):
+    args = argparse.Namespace(lr=0.1, model="nat_tiny")
+    torch.save({"model": STATE, "args": args, "epoch": 1}, tmp_path / "x.pth")
+    assert same(unwrap(read(tmp_path / "x.pth")), STATE)
+
+
+@pytest.mark.parametrize("write", FORMATS.values(), ids=FORMATS.keys())
+def test_every_truncation_is_refused(write, tmp_path):
+    whole = write({"a.weight": torch.arange(600.0), "b": torch.ones(3)})
+    path = tmp_path / "x.pth"
+    for length in {*range(0, len(whole), 97), 1, 8, 9, 50, len(whole) - 1}:
+        path.write_bytes(whole[:length])
+        with pytest.raises(CheckpointError, match=str(path)):
+            read(path)
+
+
+def archive(entries: dict[str, bytes], compression: int = zipfile.ZIP_STORED) -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", compression) as file:
+        for name, data in entries.items():
+            file.writestr(name, data)
+    return buffer.getvalue()
+
+
+def tarred() -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as file:
+        file.addfile(tarfile.TarInfo("weights.pth"), io.BytesIO())
+    return buffer.getvalue()
+
+
+def scripted() -> bytes:
+    return archive({"x/constants.pkl": b"", "x/data.pkl": b"", "x/code/__torch__.py": b""})
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"", "empty"),
+        (b"\n<!DOCTYPE html><html><body>quota exceeded</body></html>", "web page"),
+        (b"<?xml version='1.0'?><Error><Code>AccessDenied</Code></Error>", "web page"),
+        (b'{"error": "not found"}', "JSON"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\n", "Git LFS"),
+        (gzip.compress(b"x"), "gzip archive"),
+        (tarred(), "tar archive"),
+        (archive({"readme.txt": b"hello"}), "another zip"),
+        (scripted(), "TorchScript"),
+        (archive({"x/data.pkl": bytes(100000)}, zipfile.ZIP_DEFLATED), "claim more bytes"),
+        (bytes(1000), "unknown format"),
+        (pickle.dumps({"a": torch.ones(2).numpy()}, protocol=2), "refused.*numpy"),
+        (zipped([1, 2]), "dictionary, got list"),
+    ],
+)
+def test_what_is_no_checkpoint_is_called_what_it_is(data, message, tmp_path):
+    path = tmp_path / "x.pth"
+    path.write_bytes(data)
+    with pytest.raises(CheckpointError, match=message) as caught:
+        read(path)
+    assert str(path) in str(caught.value)
+
+
+def test_read_names_a_missing_file_and_a_folder(tmp_path):
+    with pytest.raises(CheckpointError, match="no such file"):
+        read(tmp_path / "x.pth")
+    with pytest.raises(CheckpointError, match="folder"):
+        read(tmp_path)
+
+
+def safetensors_file(header: object, data: bytes = bytes(8)) -> bytes:
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return len(text).to_bytes(8, "little") + text + data
+
+
+def entry(dtype="F32", shape=(2,), offsets=(0, 8)) -> dict:
+    return {"dtype": dtype, "shape": list(shape), "data_offsets": list(offsets)}
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (safetensors_file({"a": entry(offsets=(0, 4))}), r"\[2\] of F32 in 4 bytes"),
+        (safetensors_file({"a": entry(shape=(2**62, 2**62))}), "of F32 in 8 bytes"),
+        (safetensors_file({"a": entry(shape=(-1,))}), "describes a"),
+        (safetensors_file({"a": entry(shape=(True,))}), "describes a"),
+        (safetensors_file({"a": entry(dtype="F31")}), "describes a"),
+        (safetensors_file({"a": {"dtype": "F32"}}), "describes a"),
+        (safetensors_file({"a": entry(), "b": entry()}), "overlap"),
+        (safetensors_file({"a": entry(shape=(1,), offsets=(4, 8))}), "gaps"),
+        (safetensors_file({"a": entry()}, bytes(9)), "promises 8 bytes"),
+        (safetensors_file(b'{"a": 1, "a": 2}'), "twice"),
+        (safetensors_file(b'{"a": ' + b"[" * 100000), "not JSON"),
+        ((10**8 - 1).to_bytes(8, "little") + b'{"a":', "header claims"),
+    ],
+)
+def test_a_safetensors_header_is_checked_before_any_tensor(data, message, tmp_path):
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(data)
+    with pytest.raises(CheckpointError, match=message):
+        read(path)
+
+
+class Hostile:
+    """Unpickled without restriction, it writes a file."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.path}",)
+
+
+@pytest.mark.parametrize("write", [zipped, legacy], ids=["zip", "legacy"])
+def test_a_hostile_pickle_is_refused_and_named_and_does_not_run(write, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
+    trace, path = tmp_path / "trace", tmp_path / "x.pth"
+    path.write_bytes(write({"a.weight": torch.ones(1), "b": Hostile(str(trace))}))
+    with pytest.raises(CheckpointError, match=r"refused: it asks to run \w+\.system") as caught:
+        read(path)
+    assert "weights_only" not in str(caught.value)
+    assert not trace.exists()
+    with pytest.raises(CheckpointError):
+        load(toy(), path)
+    assert not trace.exists()
+    torch.load(path, weights_only=False)
+    assert trace.exists(), "the file is harmless: this test proves nothing"
+
+
+def test_an_old_torch_reads_no_pickles_but_safetensors(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch, "__version__", "2.9.1+cpu")
+    torch.save(STATE, tmp_path / "x.pth")
+    save_file(STATE, tmp_path / "x.safetensors")
+    with pytest.raises(CheckpointError, match=r"from torch 2\.10 on, and this is torch 2\.9\.1"):
+        read(tmp_path / "x.pth")
+    assert same(read(tmp_path / "x.safetensors"), STATE)
+
+
+@pytest.mark.parametrize("wrap", ["plain", "model", "state_dict_ema", "file"])
+def test_load_takes_files_and_dictionaries_in_the_authors_format(wrap, tmp_path):
+    source, model = toy(1), toy(2)
+    state = authors(source)
+    obj: object = {wrap: state} if wrap in ("model", "state_dict_ema") else state
+    if wrap == "file":
+        obj = tmp_path / "x.safetensors"
+        save_file({name: tensor.contiguous() for name, tensor in state.items()}, obj)
+    report = load(model, obj)
+    assert same(copied(model), copied(source))
+    assert report == checkpoints.Report(matched=tuple(model.state_dict()))
+
+
+def broken(state: dict[str, torch.Tensor], how: str) -> dict[str, torch.Tensor]:
+    if how == "missing":
+        del state["layers.1.mix.bias"]
+    elif how == "unexpected":
+        state["layers.1.mix.scale"] = torch.ones(1)
+    elif how == "misshapen":
+        state["fc.weight"] = torch.ones(7, 6)
+    elif how == "wrong kind":
+        state["fc.weight"] = torch.ones(5, 6, dtype=torch.int64)
+    elif how == "no data":
+        state["fc.weight"] = torch.ones(5, 6, device="meta")
+    return state
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ("missing", r"1 missing: stages\.1\.mix\.bias"),
+        ("unexpected", r"1 unexpected: stages\.1\.mix\.scale"),
+        ("misshapen", r"head\.weight expected \[5, 6\] float32, got \[7, 6\] float32"),
+        ("wrong kind", r"head\.weight expected \[5, 6\] float32, got \[5, 6\] int64"),
+        ("no data", r"got \[5, 6\] float32 without data"),
+    ],
+)
+def test_a_checkpoint_that_does_not_fit_changes_nothing(how, message):
+    model = toy(1)
+    before = copied(model)
+    versions = {name: tensor._version for name, tensor in model.state_dict().items()}
+    with pytest.raises(CheckpointError, match=message):
+        load(model, broken(authors(toy(2)), how))
+    assert same(copied(model), before)
+    assert versions == {name: tensor._version for name, tensor in model.state_dict().items()}
+
+
+def test_messages_show_a_few_names_and_count_the_rest():
+    state = {f"x{i}": torch.ones(1) for i in range(20)}
+    with pytest.raises(CheckpointError, match=r"20 unexpected: x0, x1, x2, x3, x4 and 15 more"):
+        load(toy(), state)
+
+
+def test_compare_reports_without_loading():
+    model = toy(1)
+    before = copied(model)
+    state = copied(toy(2))
+    state["head.weight"] = torch.ones(7, 6)
+    state["extra.scale"] = state.pop("norm.bias")
+    report = compare(state, model, {"extra.*": "not ours"})
+    assert not report.whole
+    assert report.missing == ("norm.bias",)
+    assert report.misshapen == {"head.weight": ("[5, 6] float32", "[7, 6] float32")}
+    assert report.ignored == {"extra.scale": "not ours"}
+    assert "extra.scale (not ours)" in str(report)
+    assert len(report.matched) == len(before) - 2
+    assert same(copied(model), before)
+
+
+def test_half_precision_weights_load_into_single_precision():
+    model = toy(1)
+    state = {
+        name: tensor.half() if tensor.is_floating_point() else tensor
+        for name, tensor in authors(toy(2)).items()
+    }
+    assert load(model, state).whole
+    assert model.head.weight.dtype == torch.float32
+
+
+def test_a_wrapped_model_takes_detectors_and_ignores_only_what_it_lists():
+    source = toy(1)
+    state = authors(source)
+    norm = {"norm0.weight": torch.full((6,), 3.0), "norm0.bias": torch.full((6,), 4.0)}
+    detector = {f"backbone.{name}": tensor for name, tensor in {**state, **norm}.items()}
+    model = Wrapper()
+    report = load(model, {"state_dict": {**detector, "neck.fpn.weight": torch.ones(1)}})
+    assert report.ignored["neck.fpn.weight"] == "detector part, not backbone"
+    assert report.ignored["norm.running_mean"] == "norm before the classifier"
+    assert report.ignored["head.weight"] == "classifier"
+    assert torch.equal(model.norm0.weight, norm["norm0.weight"])
+    assert torch.equal(
+        model.model.stages[2]["downsample"].weight, source.stages[2]["downsample"].weight
+    )
+    assert same(convert(model.state_dict(), model), model.state_dict())
+    with pytest.raises(CheckpointError, match=r"missing: norm0\.weight, norm0\.bias"):
+        load(Wrapper(), state)
+    with pytest.raises(CheckpointError, match=r"unexpected: tail\.weight"):
+        load(Wrapper(), {**state, **norm, "tail.weight": torch.ones(1)})
+
+
+def test_a_model_with_a_backbone_of_its_own_keeps_that_prefix():
+    model = nn.ModuleDict({"backbone": nn.Linear(2, 2), "head": nn.Linear(2, 1)})
+    report = load(model, {name: tensor + 1 for name, tensor in model.state_dict().items()})
+    assert len(report.matched) == 4
+    assert not report.ignored
