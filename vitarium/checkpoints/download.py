@@ -29,7 +29,7 @@ from vitarium.checkpoints.wrappers import WRAPPERS
 
 _PACKAGED = Path(__file__).resolve().parent.parent / "backbones" / "weights"
 _NAME = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9_+-]|\.(?!\.)){0,150}")
-_ADDRESS = re.compile(r"https?://[A-Za-z0-9\[][!-~]*")
+_ADDRESS = re.compile(r"https?://([\w.-]+|\[[0-9a-fA-F:.]+\])(:[0-9]+)?/[!-~]*", re.ASCII)
 _SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")
 _CHUNK = 1 << 20
 _HEAD = 512  # bytes that tell what a file is; less may be a broken connection
@@ -47,7 +47,7 @@ class Weight:
         url: its address, http or https.
         mirrors: further addresses of the same file, tried in order.
         size: in bytes.
-        sha256: 64 hexadecimal digits.
+        sha256: 64 lower-case hexadecimal digits.
         wrapper: what surrounds the tensors in it: ``plain`` or a name that `unwrap` knows.
         licence: of the weights, as their authors state it.
         manual: how a person gets the file, where no program can.
@@ -74,7 +74,9 @@ class Weight:
         if self.size is not None and self.size <= 0:
             raise ValueError(f"size: expected a number of bytes, got {self.size!r}")
         if self.sha256 is not None and not re.fullmatch("[0-9a-f]{64}", self.sha256):
-            raise ValueError(f"sha256: expected 64 hexadecimal digits, got {self.sha256!r}")
+            raise ValueError(
+                f"sha256: expected 64 lower-case hexadecimal digits, got {self.sha256!r}"
+            )
         if self.wrapper not in ("plain", *WRAPPERS):
             raise ValueError(f"wrapper: expected plain or one of {WRAPPERS}, got {self.wrapper!r}")
         if self.file is not None:
@@ -157,9 +159,10 @@ def _replace(path: Path, weight: Weight, name: str, progress: bool | None) -> Pa
         bad = path.with_name(path.name + ".bad")
         os.replace(path, bad)
         aside = f"; the cached file was bad ({fault}) and is now {bad}"
-    if _offline():
+    offline = _offline()
+    if offline is not None:
         raise CheckpointError(
-            f"{name}: not in the cache ({path}), and HF_HUB_OFFLINE keeps it off the network{aside}"
+            f"{name}: not in the cache ({path}), and {offline} forbids a download{aside}"
         )
     part = path.with_name(path.name + ".part")
     try:
@@ -182,25 +185,28 @@ def _replace(path: Path, weight: Weight, name: str, progress: bool | None) -> Pa
     return path
 
 
-def _offline() -> bool:
-    return any(
-        os.environ.get(variable, "").upper() in ("1", "ON", "YES", "TRUE")
-        for variable in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
-    )
+def _offline() -> str | None:
+    """The variable that forbids the network, read as huggingface_hub reads it, or None."""
+    for variable in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
+        if os.environ.get(variable, "").upper() in ("1", "ON", "YES", "TRUE"):
+            return variable
+    return None
 
 
 def _cached_fault(path: Path, weight: Weight) -> str | None:
     """What is wrong with a cached file, or None."""
-    size, sha256 = weight.size, weight.sha256
-    if sha256 is None:
-        try:
-            record = json.loads(_record_path(path).read_text())
-            recorded, sha256 = record["size"], record["sha256"]
-        except (OSError, ValueError, KeyError, TypeError):
-            return "nothing tells which bytes it should hold"
-        if size is None:
-            size = recorded
-    return _fault(path, size, sha256)
+    if weight.sha256 is not None:
+        return _fault(path, weight.size, weight.sha256)
+    try:
+        record = json.loads(_record_path(path).read_text())
+        recorded = Weight(weight.url, size=record["size"], sha256=record["sha256"])
+    except (OSError, ValueError, KeyError, TypeError):
+        recorded = weight
+    if recorded.size is None or recorded.sha256 is None:
+        return "no record tells which bytes it should hold"
+    if weight.size not in (None, recorded.size):
+        return f"expected {weight.size} bytes, got {recorded.size}"
+    return _fault(path, recorded.size, recorded.sha256)
 
 
 def _fault(path: Path, size: int | None, sha256: str | None) -> str | None:

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import re
+import threading
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,8 @@ _MAGIC = (
     (b"\x89HDF", "an HDF5 file"),
     (b"version https://git-lfs", "a Git LFS pointer, not the file it points to"),
 )
+
+_lock = threading.Lock()
 
 
 def read(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -212,8 +215,9 @@ def _unpickle(path: Path) -> dict[str, Any]:
         )
     try:
         # Training scripts save their arguments beside the weights: a bag of plain values.
-        # An open file, because torch.load would go by the ending of a name.
-        with torch.serialization.safe_globals([argparse.Namespace]), path.open("rb") as file:
+        # The list of what may be unpickled is torch's, and one for all threads. An open file,
+        # because torch.load would go by the ending of a name.
+        with _lock, torch.serialization.safe_globals([argparse.Namespace]), path.open("rb") as file:
             loaded = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged pickle can raise anything, and nothing of it is ours
         refused = re.findall(r"GLOBAL ([\w.]+) ", str(error))
