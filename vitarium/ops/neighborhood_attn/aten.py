@@ -128,6 +128,17 @@ class _Kind:
     runs: tuple[tuple[slice, slice], ...] | None  # the tiles as slices, where they are such
 
 
+@dataclass(frozen=True)
+class _Slices:
+    """Where consecutive positions of some images stand."""
+
+    images: slice
+    positions: slice
+
+
+_At = Tensor | _Slices  # rows [N, L] of the flattened map, or slices of it
+
+
 def _runs(query: Tensor, key: Tensor) -> tuple[tuple[slice, slice], ...] | None:
     """Slices for tiles whose queries and keys are consecutive (undilated, full-width tiles)."""
     if bool((query.diff(dim=1) != 1).any()) or bool((key.diff(dim=1) != 1).any()):
@@ -140,10 +151,10 @@ def _runs(query: Tensor, key: Tensor) -> tuple[tuple[slice, slice], ...] | None:
 
 @dataclass(frozen=True)
 class _Geometry:
-    size: int  # positions of the map
     entries: int  # entries of a head's bias
     padded: bool
     kinds: tuple[_Kind, ...]
+    entry: Tensor  # the kinds' entries, all in one
 
 
 def _geometry(call: Call) -> _Geometry:
@@ -224,45 +235,71 @@ def _tables(
                 )
             )
     entries = (2 * kernel[0] - 1) * (2 * kernel[1] - 1)
-    return _Geometry(size[0] * size[1], entries, padded != size, tuple(kinds))
+    entry = torch.cat([kind.entry.flatten() for kind in kinds])
+    return _Geometry(entries, padded != size, tuple(kinds), entry)
 
 
-# The eager computation. Maps are [B, positions, channels] in it.
-
-_At = Tensor | tuple[slice, slice]  # rows [N, L] of the flattened map, or its images and positions
+# The eager computation.
 
 
-def _map(x: Tensor, pad: Tensor | None = None) -> Tensor:
-    """[B, H, W, heads, head_dim] -> [B, H * W, channels], a view where it can be one.
+class _Map:
+    """A map's channels, by flattened position: gathered by index or sliced.
 
-    ``pad`` [heads, head_dim] becomes one more position, behind the map's own.
+    Args:
+        x: ``[B, H, W, heads, head_dim]``, viewed and not copied where its strides allow.
+        pad: ``[heads, head_dim]``, one more position behind the map's own.
     """
-    if pad is not None:
-        flat = x.flatten(3).flatten(1, 2)
-        return torch.cat([flat, pad.flatten().expand(flat.shape[0], 1, -1)], 1)
-    rows = x.reshape(x.shape[0] * x.shape[1] * x.shape[2], x.shape[3] * x.shape[4])
-    return rows.view(x.shape[0], -1, rows.shape[1])
+
+    def __init__(self, x: Tensor, pad: Tensor | None = None):
+        batch, height, width, heads, head_dim = x.shape
+        if pad is not None:
+            flat = x.reshape(batch, height * width, heads, head_dim)
+            x = torch.cat([flat, pad.expand(batch, 1, -1, -1)], 1)
+        self.rows = x.reshape(-1, heads * head_dim)
+        self.positions = self.rows.shape[0] // batch
+        self.heads = self.rows.view(batch, self.positions, heads, head_dim).transpose(1, 2)
+
+    def take(self, at: _At) -> Tensor:
+        """What stands there, [N, heads, L, head_dim]."""
+        if isinstance(at, _Slices):
+            return self.heads[at.images, :, at.positions]
+        taken = self.rows.index_select(0, at.flatten())
+        return taken.view(*at.shape, *self.heads.shape[1::2]).transpose(1, 2)
+
+    def put(self, at: _At, x: Tensor) -> None:
+        """Write [N, heads, L, head_dim] there."""
+        if isinstance(at, _Slices):
+            self.heads[at.images, :, at.positions] = x
+        else:
+            self.rows.index_copy_(0, at.flatten(), _flat(x))
+
+    def add(self, at: _At, x: Tensor) -> None:
+        """Add [N, heads, L, head_dim] there."""
+        if isinstance(at, _Slices):
+            self.heads[at.images, :, at.positions] += x
+        else:
+            self.rows.index_add_(0, at.flatten(), _flat(x))
 
 
-def _maps(geometry: _Geometry, key: Tensor, value: Tensor, pad: Tensor | None) -> list[Tensor]:
+def _flat(x: Tensor) -> Tensor:
+    """[N, heads, L, head_dim] -> [N * L, heads * head_dim]."""
+    return x.transpose(1, 2).reshape(-1, x.shape[1] * x.shape[3])
+
+
+def _maps(geometry: _Geometry, key: Tensor, value: Tensor, pad: Tensor | None) -> tuple[_Map, _Map]:
     if pad is None or not geometry.padded:
-        return [_map(key), _map(value)]
-    return [_map(key, pad[1]), _map(value, pad[2])]
+        return _Map(key), _Map(value)
+    return _Map(key, pad[1]), _Map(value, pad[2])
 
 
-def _bias_table(bias: Tensor | None, like: Tensor) -> Tensor:
-    """[heads or 1, entries + 1]: the flattened bias, and minus infinity as its last entry."""
+def _masks(geometry: _Geometry, bias: Tensor | None, like: Tensor) -> list[Tensor]:
+    """Additive mask of each kind of tiles, [heads or 1, Lq, Lk]: bias, or minus infinity."""
     if bias is None:
-        # every entry inside a window is 0; `_mask` clamps the index into these two
-        return like.new_tensor([[0.0, float("-inf")]])
-    return torch.cat([bias.flatten(1), bias.new_full((bias.shape[0], 1), float("-inf"))], 1)
-
-
-def _mask(table: Tensor, entry: Tensor, entries: int) -> Tensor:
-    """Additive mask of a kind of tiles, [1, heads or 1, Lq, Lk]."""
-    if table.shape[1] == 2:
-        entry = (entry == entries).long()
-    return table.index_select(1, entry.flatten()).view(1, -1, *entry.shape)
+        bias = like.new_zeros(1, 1, geometry.entries)
+    table = F.pad(bias.flatten(1), (0, 1), value=float("-inf"))
+    shapes = [(kind.query.shape[1], kind.key.shape[1]) for kind in geometry.kinds]
+    parts = table.index_select(1, geometry.entry).split([q * k for q, k in shapes], 1)
+    return [part.unflatten(1, shape) for part, shape in zip(parts, shapes, strict=True)]
 
 
 def _parts(
@@ -270,17 +307,15 @@ def _parts(
 ) -> Iterator[tuple[_At, _At, Tensor | None]]:
     """Tiles of a kind in parts that stay in cache: where queries and keys stand, and what is real.
 
-    ``weight`` is the number of elements that a tile puts into memory.
+    ``positions`` and ``keys`` are an image's rows in the two maps; ``weight`` is the number of
+    elements that a tile puts into memory.
     """
     if kind.runs is not None:
-        images = max(1, _CHUNK // weight)
-        for image in range(0, batch, images):
+        step = max(1, _CHUNK // weight)
+        for image in range(0, batch, step):
+            images = slice(image, image + step)
             for query, key in kind.runs:
-                yield (
-                    (slice(image, image + images), query),
-                    (slice(image, image + images), key),
-                    None,
-                )
+                yield _Slices(images, query), _Slices(images, key), None
         return
     tiles = kind.key.shape[0]
     images = max(1, _CHUNK // (tiles * weight))
@@ -294,33 +329,6 @@ def _parts(
             yield query, key, None if kind.real is None else kind.real[part].repeat(len(index), 1)
 
 
-def _take(source: Tensor, at: _At, heads: int) -> Tensor:
-    """What stands there, [N, heads, L, head_dim]."""
-    if isinstance(at, Tensor):
-        taken = source.flatten(0, 1).index_select(0, at.flatten()).unflatten(0, at.shape)
-    else:
-        taken = source[at]
-    return taken.unflatten(2, (heads, -1)).transpose(1, 2)
-
-
-def _put(target: Tensor, at: _At, x: Tensor) -> None:
-    """Write [N, heads, L, head_dim] there."""
-    x = x.transpose(1, 2).flatten(2)
-    if isinstance(at, Tensor):
-        target.flatten(0, 1).index_copy_(0, at.flatten(), x.flatten(0, 1))
-    else:
-        target[at] = x
-
-
-def _add(target: Tensor, at: _At, x: Tensor) -> None:
-    """Add [N, heads, L, head_dim] there."""
-    x = x.transpose(1, 2).flatten(2)
-    if isinstance(at, Tensor):
-        target.flatten(0, 1).index_add_(0, at.flatten(), x.flatten(0, 1))
-    else:
-        target[at] += x
-
-
 def _forward(
     geometry: _Geometry,
     scale: float,
@@ -330,24 +338,18 @@ def _forward(
     bias: Tensor | None,
     pad: Tensor | None,
 ) -> Tensor:
-    batch, heads = query.shape[0], query.shape[3]
-    queries = _map(query)
-    keys, values = _maps(geometry, key, value, pad)
-    out = torch.empty_like(queries, memory_format=torch.contiguous_format)
-    table = _bias_table(bias, query)
-    for kind in geometry.kinds:
-        mask = _mask(table, kind.entry, geometry.entries)
-        weight = kind.key.shape[1] * keys.shape[2]
-        for at, near, _ in _parts(kind, batch, geometry.size, keys.shape[1], weight):
+    queries, (keys, values) = _Map(query), _maps(geometry, key, value, pad)
+    out = torch.empty_like(query, memory_format=torch.contiguous_format)
+    outs = _Map(out)
+    masks = _masks(geometry, bias, query)
+    for kind, mask in zip(geometry.kinds, masks, strict=True):
+        weight = kind.key.shape[1] * keys.rows.shape[1]
+        for at, near, _ in _parts(kind, len(query), queries.positions, keys.positions, weight):
             attended = F.scaled_dot_product_attention(
-                _take(queries, at, heads),
-                _take(keys, near, heads),
-                _take(values, near, heads),
-                attn_mask=mask,
-                scale=scale,
+                queries.take(at), keys.take(near), values.take(near), mask[None], scale=scale
             )
-            _put(out, at, attended)
-    return out.view(query.shape)
+            outs.put(at, attended)
+    return out
 
 
 class _Attention(torch.autograd.Function):
@@ -388,52 +390,58 @@ def _backward(
     pad: Tensor | None,
 ) -> tuple[Tensor | None, ...]:
     """Gradients of query, key, value, bias and pad; half precision accumulates in float32."""
-    batch, heads = query.shape[0], query.shape[3]
+    heads = query.shape[3]
     exact = torch.promote_types(query.dtype, torch.float32)
-    queries, grads = _map(query), _map(grad)
-    keys, values = _maps(geometry, key, value, pad)
-    grad_queries = torch.empty(queries.shape, dtype=exact, device=query.device)
-    grad_keys = torch.zeros(keys.shape, dtype=exact, device=query.device)
-    grad_values = torch.zeros_like(grad_keys)
-    table = _bias_table(bias, query).to(exact)
+    queries, (keys, values), grads = _Map(query), _maps(geometry, key, value, pad), _Map(grad)
+
+    def zeros(like: _Map) -> _Map:
+        shape = (len(query), like.positions, 1, *query.shape[3:])
+        return _Map(torch.zeros(shape, dtype=exact, device=query.device))
+
+    grad_queries, grad_keys, grad_values = zeros(queries), zeros(keys), zeros(values)
     grad_table = torch.zeros(heads, geometry.entries + 1, dtype=exact, device=query.device)
-    for kind in geometry.kinds:
-        mask = _mask(table, kind.entry, geometry.entries)
-        weight = kind.entry.numel() * heads
-        for at, near, real in _parts(kind, batch, geometry.size, keys.shape[1], weight):
+    masks = _masks(geometry, bias, query)
+    for kind, mask in zip(geometry.kinds, masks, strict=True):
+        weight = mask[0].numel() * heads
+        for at, near, real in _parts(kind, len(query), queries.positions, keys.positions, weight):
             q, k, v, g = (
-                _take(source, where, heads).to(exact).flatten(0, 1)
+                source.take(where).to(exact).flatten(0, 1)
                 for source, where in ((queries, at), (keys, near), (values, near), (grads, at))
             )
             q = q * scale
             if real is not None:
                 g = g * real.repeat_interleave(heads, 0)[..., None]
-            scores = torch.bmm(q, k.transpose(1, 2)).unflatten(0, (-1, heads)).add_(mask)
-            weights = scores.softmax(-1).flatten(0, 1)
+            scores = torch.bmm(q, k.transpose(1, 2))
+            by_head = (-1, heads, *scores.shape[1:])
+            scores.view(by_head).add_(mask)
+            weights = scores.softmax(-1)
             grad_weights = torch.bmm(g, v.transpose(1, 2))
             grad_scores = torch._softmax_backward_data(grad_weights, weights, -1, exact)
-            grad_q = torch.bmm(grad_scores, k).mul_(scale).unflatten(0, (-1, heads))
-            grad_k = torch.bmm(grad_scores.transpose(1, 2), q).unflatten(0, (-1, heads))
-            grad_v = torch.bmm(weights.transpose(1, 2), g).unflatten(0, (-1, heads))
-            _add(grad_keys, near, grad_k)
-            _add(grad_values, near, grad_v)
-            if real is None:
-                _put(grad_queries, at, grad_q)
-            else:
-                rows = grad_q.transpose(1, 2).flatten(2)[real]
-                grad_queries.flatten(0, 1).index_copy_(0, at[real], rows)
+            grad_q = torch.bmm(grad_scores, k).mul_(scale)
+            grad_k = torch.bmm(grad_scores.transpose(1, 2), q)
+            grad_v = torch.bmm(weights.transpose(1, 2), g)
+            # a repeated query adds the zero that its gradient was masked to
+            for total, where, part in (
+                (grad_queries, at, grad_q),
+                (grad_keys, near, grad_k),
+                (grad_values, near, grad_v),
+            ):
+                total.add(where, part.view(-1, heads, *part.shape[1:]))
             if bias is not None:
-                summed = grad_scores.unflatten(0, (-1, heads)).sum(0).flatten(1)
+                summed = grad_scores.view(by_head).sum(0).flatten(1)
                 grad_table.index_add_(1, kind.entry.flatten(), summed)
     grad_pad = None
     if pad is not None:
         grad_pad = torch.zeros_like(pad)
         if geometry.padded:
             for i, x in enumerate((grad_keys, grad_values)):
-                grad_pad[i + 1] = x[:, -1].sum(0).view(pad.shape[1:])
+                grad_pad[i + 1] = x.heads[:, :, -1].sum(0)
+    size = queries.positions
     return (
-        grad_queries.view(query.shape).to(query.dtype),
-        *(x[:, : geometry.size].view(key.shape).to(key.dtype) for x in (grad_keys, grad_values)),
+        *(
+            x.heads[:, :, :size].transpose(1, 2).reshape(query.shape).to(query.dtype)
+            for x in (grad_queries, grad_keys, grad_values)
+        ),
         None if bias is None else grad_table[:, :-1].reshape(bias.shape).to(bias.dtype),
         grad_pad,
     )
@@ -464,10 +472,11 @@ def _traced(call: Call) -> Tensor:
         taken = x.index_select(1, index.flatten()).view(batch, *index.shape, heads, head_dim)
         return taken.transpose(2, 3)  # [B, tiles, heads, L, head_dim]
 
-    table = _bias_table(call.bias, call.query)
-    entries = (2 * call.kernel_size[0] - 1) * (2 * call.kernel_size[1] - 1)
-    index = entry if call.bias is not None else (entry == entries).long()
-    mask = table[:, index].transpose(0, 1)  # [tiles, heads or 1, Lq, Lk]
+    bias = call.bias
+    if bias is None:
+        bias = call.query.new_zeros(1, 2 * call.kernel_size[0] - 1, 2 * call.kernel_size[1] - 1)
+    table = F.pad(bias.flatten(1), (0, 1), value=float("-inf"))
+    mask = table[:, entry].transpose(0, 1)  # [tiles, heads or 1, Lq, Lk]
     out = F.scaled_dot_product_attention(
         take(call.query.flatten(3).flatten(1, 2), at),
         take(key, near),

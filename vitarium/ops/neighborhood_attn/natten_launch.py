@@ -37,11 +37,8 @@ def run(call: Call) -> Tensor:
     """Hand the call to ``natten.na2d`` with its default backend."""
     from natten.functional import na2d
 
-    return na2d(
-        call.query,
-        call.key,
-        call.value,
-        kernel_size=call.kernel_size,
-        dilation=call.dilation,
-        scale=call.scale,
-    )
+    tensors = (call.query, call.key, call.value)
+    if not torch.is_grad_enabled():
+        # natten refuses tensors that require a gradient even where none is recorded
+        tensors = tuple(x.detach() for x in tensors)
+    return na2d(*tensors, kernel_size=call.kernel_size, dilation=call.dilation, scale=call.scale)
