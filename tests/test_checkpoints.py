@@ -12,12 +12,14 @@ import tarfile
 import zipfile
 
 import pytest
+import timm
 import torch
 from safetensors.torch import save, save_file
 from torch import nn
 
 from vitarium import checkpoints
 from vitarium.checkpoints import CheckpointError, Renames, compare, convert, load, read, unwrap
+from vitarium.heads.features import FeatureBackbone
 
 
 class Toy(nn.Module):
@@ -488,3 +490,91 @@ def test_a_model_with_a_backbone_of_its_own_keeps_that_prefix():
     report = load(model, {name: tensor + 1 for name, tensor in model.state_dict().items()})
     assert len(report.matched) == 4
     assert not report.ignored
+
+
+def nat(seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    model = timm.create_model("nat_atto")
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.1)
+    return model
+
+
+ZOO_WRAPS = {
+    "plain": lambda state: state,
+    "model": lambda state: {"model": state, "args": argparse.Namespace(lr=0.1), "epoch": 300},
+    "ema": lambda state: {"state_dict": {}, "state_dict_ema": state},
+    "module": lambda state: {"state_dict": {f"module.{name}": state[name] for name in state}},
+}
+
+
+@pytest.mark.parametrize("wrap", ZOO_WRAPS.values(), ids=ZOO_WRAPS.keys())
+def test_a_zoo_model_is_created_from_an_authors_file(wrap, tmp_path):
+    state = nat(1).state_dict()
+    torch.save(wrap(state), tmp_path / "nat.pth")
+    overlay = {"file": str(tmp_path / "nat.pth")}
+    model = timm.create_model("nat_atto", pretrained=True, pretrained_cfg_overlay=overlay)
+    assert same(copied(model), state)
+    assert load(nat(2), tmp_path / "nat.pth").matched == tuple(state)
+
+
+@pytest.mark.parametrize("how", ["missing", "unexpected", "misshapen", "page"])
+def test_a_zoo_model_is_not_created_from_a_file_that_does_not_fit(how, tmp_path):
+    state = dict(nat(1).state_dict())
+    name = "levels.1.blocks.0.attn.rpb"
+    if how == "missing":
+        del state[name]
+    elif how == "unexpected":
+        name = "levels.9.blocks.0.attn.rpb"
+        state[name] = torch.ones(1)
+    elif how == "misshapen":
+        state[name] = torch.ones(3, 3)
+    path = tmp_path / "nat.pth"
+    torch.save(state, path)
+    if how == "page":
+        name = "web page"
+        path.write_text("<html>moved</html>")
+    with pytest.raises(CheckpointError, match=name):
+        timm.create_model("nat_atto", pretrained=True, pretrained_cfg_overlay={"file": str(path)})
+    model = nat(2)
+    before = copied(model)
+    with pytest.raises(CheckpointError, match=name):
+        load(model, path)
+    assert same(copied(model), before)
+
+
+@pytest.mark.parametrize("task", [None, "det", "seg"])
+def test_a_feature_backbone_takes_classifiers_and_detectors(task, tmp_path):
+    state = nat(1).state_dict()
+    torch.save(state, tmp_path / "cls.pth")
+    backbone = FeatureBackbone("nat_atto", task=task, checkpoint=tmp_path / "cls.pth")
+    prefix = "model.model." if task is None else "model."
+    name = "levels.2.blocks.1.attn.rpb"
+    assert torch.equal(backbone.state_dict()[prefix + name], state[name])
+    report = load(backbone, state)
+    assert report.whole
+    assert {"norm.weight", "head.weight", "head.bias"} <= report.ignored.keys()
+
+    norms = {
+        key.removeprefix(prefix): torch.randn_like(tensor)
+        for key, tensor in backbone.state_dict().items()
+        if key.startswith(prefix + "norm")
+    }
+    assert bool(norms) == (task is not None)
+    dense = {key: state[key] for key in state if not key.startswith(("norm.", "head."))} | norms
+    detector = {f"backbone.{key}": tensor for key, tensor in dense.items()}
+    detector["roi_head.bbox_head.fc_cls.weight"] = torch.ones(3)
+    torch.save({"meta": {"epoch": 36}, "state_dict": detector}, tmp_path / "det.pth")
+    other = FeatureBackbone("nat_atto", task=task, checkpoint=tmp_path / "det.pth")
+    for key, tensor in dense.items():
+        assert torch.equal(other.state_dict()[prefix + key], tensor)
+    assert load(other, tmp_path / "det.pth").ignored == {
+        "roi_head.bbox_head.fc_cls.weight": "detector part, not backbone"
+    }
+    assert load(other, backbone.state_dict()).matched == tuple(backbone.state_dict())
+
+    before = copied(other)
+    del detector["backbone.levels.0.blocks.0.attn.rpb"]
+    with pytest.raises(CheckpointError, match=r"1 missing: .*levels\.0\.blocks\.0\.attn\.rpb"):
+        load(other, detector)
+    assert same(copied(other), before)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 from safetensors.torch import save
 from servers import Reply, Server
@@ -317,3 +319,26 @@ def test_progress_is_shown_where_asked_for(capsys):
     assert not out
     assert "shown" in err
     assert "100%" in err or "20." in err
+
+
+def test_a_zoo_model_is_created_from_a_url_and_then_without_a_network(cache, monkeypatch):
+    torch.manual_seed(0)
+    state = timm.create_model("nat_atto").state_dict()
+    file = io.BytesIO()
+    torch.save({"model": state}, file)
+
+    def create(url: str) -> torch.nn.Module:
+        overlay = {"url": url}
+        return timm.create_model("nat_atto", pretrained=True, pretrained_cfg_overlay=overlay)
+
+    replies = {"/nat.pth": Reply(file.getvalue()), "/bad.pth": Reply(PAGE)}
+    with Server(replies) as server:
+        url = server.url("/nat.pth")
+        loaded = create(url).state_dict()
+        assert all(torch.equal(loaded[name], state[name]) for name in state)
+        with pytest.raises(CheckpointError, match="web page"):
+            create(server.url("/bad.pth"))
+        assert len(weights(cache)) == 1
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    loaded = create(url).state_dict()
+    assert all(torch.equal(loaded[name], state[name]) for name in state)

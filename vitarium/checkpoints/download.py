@@ -48,7 +48,8 @@ class Weight:
         mirrors: further addresses of the same file, tried in order.
         size: in bytes.
         sha256: 64 lower-case hexadecimal digits.
-        wrapper: what surrounds the tensors in it: ``plain`` or a name that `unwrap` knows.
+        wrapper: what surrounds the tensors in it, ``plain`` or a name that `unwrap` knows; None
+            where that is not stated, and `unwrap` searches.
         licence: of the weights, as their authors state it.
         manual: how a person gets the file, where no program can.
         file: name of a file that ships inside this package.
@@ -58,7 +59,7 @@ class Weight:
     mirrors: tuple[str, ...] = ()
     size: int | None = None
     sha256: str | None = None
-    wrapper: str = "plain"
+    wrapper: str | None = None
     licence: str = "none stated"
     manual: str | None = None
     file: str | None = None
@@ -77,7 +78,7 @@ class Weight:
             raise ValueError(
                 f"sha256: expected 64 lower-case hexadecimal digits, got {self.sha256!r}"
             )
-        if self.wrapper not in ("plain", *WRAPPERS):
+        if self.wrapper not in (None, "plain", *WRAPPERS):
             raise ValueError(f"wrapper: expected plain or one of {WRAPPERS}, got {self.wrapper!r}")
         if self.file is not None:
             _checked_name(self.file, "file")
