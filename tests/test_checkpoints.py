@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import doctest
 import gzip
 import io
 import json
@@ -18,7 +19,16 @@ from safetensors.torch import save, save_file
 from torch import nn
 
 from vitarium import checkpoints
-from vitarium.checkpoints import CheckpointError, Renames, compare, convert, load, read, unwrap
+from vitarium.checkpoints import (
+    CheckpointError,
+    Renames,
+    compare,
+    convert,
+    load,
+    read,
+    renames,
+    unwrap,
+)
 from vitarium.heads.features import FeatureBackbone
 
 
@@ -95,6 +105,10 @@ def test_names_go_both_ways_with_shifted_fields():
     for theirs, ours in pairs.items():
         assert TABLE.ours(theirs) == ours
         assert TABLE.authors(ours) == theirs
+
+
+def test_the_documented_example_runs():
+    assert doctest.testmod(renames) == (0, 3)
 
 
 def test_a_field_that_occurs_twice_is_one_number():
