@@ -1,0 +1,103 @@
+"""`vitarium doctor`: what is installed, and which implementation each op would run and why."""
+
+from __future__ import annotations
+
+import os
+import platform
+from argparse import Namespace
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import vitarium
+from vitarium.ops import explain
+
+_PACKAGES = (
+    *("torch", "torchvision", "timm", "safetensors", "huggingface_hub", "numpy", "pillow"),
+    *("triton", "natten", "mmdet", "mmcv", "mmcv-lite"),
+)
+
+
+def run(args: Namespace) -> int:
+    """Print the report; a missing package or device is a finding, not an error."""
+    print(f"vitarium {vitarium.__version__} in {Path(vitarium.__file__).parent}")
+    print(f"python {platform.python_version()} on {platform.platform()}")
+    for package in _PACKAGES:
+        print(f"{package} {_version(package)}")
+    devices = _devices()
+    print("\ndevices")
+    for device, description in devices.items():
+        print(f"  {device}: {description}")
+    print(f"\ncached weights: {_cache()}")
+    print(f"VITARIUM_OPS: {os.environ.get('VITARIUM_OPS') or 'not set'}")
+    print("\nops")
+    for op, calls in _CALLS.items():
+        for device in devices:
+            for label, arguments in calls(torch.device(device)).items():
+                print(f"{op} on {device}, {label}: {_choice(op, arguments)}")
+    return 0
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def _devices() -> dict[str, str]:
+    devices = {
+        "cpu": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, "
+        f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
+    }
+    for index in range(torch.cuda.device_count()):
+        card = torch.cuda.get_device_properties(index)
+        devices[f"cuda:{index}"] = (
+            f"{card.name}, compute capability {card.major}.{card.minor}, "
+            f"{card.total_memory / 2**30:.0f} GiB"
+        )
+    if torch.backends.mps.is_available():
+        devices["mps"] = "Apple GPU"
+    return devices
+
+
+def _cache() -> str:
+    folder = Path(torch.hub.get_dir()) / "checkpoints" / "vitarium"
+    if not folder.is_dir():
+        return f"{folder} (nothing yet)"
+    sizes = [file.stat().st_size for file in folder.iterdir() if file.is_file()]
+    return f"{folder} ({len(sizes)} files, {sum(sizes) / 2**20:.1f} MiB)"
+
+
+def _choice(op: str, arguments: dict[str, Any]) -> str:
+    try:
+        found = explain(op, **arguments)
+    except ValueError as error:  # VITARIUM_OPS asks for what cannot run
+        return str(error)
+    others = [
+        f"\n  not {name}: {reason or 'only on request (impl= or VITARIUM_OPS)'}"
+        for name, reason in found.reasons.items()
+        if name != found.chosen
+    ]
+    return found.chosen + "".join(others)
+
+
+def _neighborhood(device: torch.device) -> dict[str, dict[str, Any]]:
+    heads, kernel = 2, 7
+    query = torch.zeros(1, 2 * kernel, 2 * kernel, heads, 32, device=device)
+    bias = torch.zeros(heads, 2 * kernel - 1, 2 * kernel - 1, device=device)
+    plain = dict.fromkeys(("query", "key", "value"), query) | {"kernel_size": kernel}
+    trained = plain | {"query": query.clone().requires_grad_()}
+    return {
+        "with position bias (NAT)": plain | {"bias": bias},
+        "without bias": plain,
+        "without bias, training": trained,
+    }
+
+
+_CALLS: dict[str, Callable[[torch.device], dict[str, dict[str, Any]]]] = {
+    "neighborhood": _neighborhood,
+}

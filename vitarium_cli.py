@@ -1,0 +1,220 @@
+"""The program `vitarium`: arguments and errors; a command's module is imported when it runs."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from types import ModuleType
+from typing import NoReturn
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        argv: the arguments after the program's name; those of the process if None.
+
+    Returns:
+        The exit status: 0; 1 after an error, which is one line on stderr; 130 after Ctrl-C.
+
+    Raises:
+        SystemExit: for ``--help`` (0) and arguments that do not parse (2).
+    """
+    parser = _parser()
+    args = parser.parse_args(argv)
+    if args.version:
+        print(f"vitarium {_version()}")
+        return 0
+    if args.tool is None:
+        parser.print_help()
+        return 2
+    try:
+        status: int = _tool(args.tool).run(args)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # The reader of our output is gone (`| head`); the interpreter's own flush must not notice.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except KeyboardInterrupt:
+        return _complain("interrupted", 130)
+    # What the user gave was wrong. Any other exception is our fault and keeps its traceback.
+    except OSError as error:
+        named = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+        return _complain(named, 1)
+    except ValueError as error:
+        return _complain(str(error), 1)
+    return status
+
+
+def _complain(message: str, status: int) -> int:
+    print(f"vitarium: error: {' '.join(message.split())}", file=sys.stderr)
+    return status
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(_complain(f"{message} (see {self.prog} --help)", 2))
+
+
+def _package() -> Path:
+    """The package's folder, found without importing the package."""
+    spec = find_spec("vitarium")
+    assert spec is not None
+    assert spec.submodule_search_locations
+    return Path(spec.submodule_search_locations[0])
+
+
+def _version() -> str:
+    text = (_package() / "__init__.py").read_text(encoding="utf-8")
+    match = re.search(r'^__version__ = "(.+)"$', text, re.MULTILINE)
+    assert match is not None
+    return match[1]
+
+
+def _tool(name: str) -> ModuleType:
+    if name not in ("list", "info"):
+        return import_module(f"vitarium.tools.{name}")
+    # Importing vitarium.tools.list would import the package above it, and with it torch. These two
+    # need neither, so the folder is entered once more, as a package with nothing above it.
+    tools = ModuleType("vitarium_light_tools")
+    tools.__path__ = [str(_package() / "tools")]
+    sys.modules[tools.__name__] = tools
+    return import_module(f"{tools.__name__}.{name}")
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a positive integer, got {text!r}")
+    return int(text)
+
+
+def _size(text: str) -> int | None:
+    return None if text == "native" else _positive(text)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="vitarium",
+        description="Efficient-attention vision backbones: find, try, look into and time them.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="store_true", help="print the version and exit")
+    parser.set_defaults(tool=None)
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", parser_class=_Parser)
+
+    def command(name: str, summary: str) -> argparse.ArgumentParser:
+        added = commands.add_parser(name, help=summary, description=summary, allow_abbrev=False)
+        added.set_defaults(tool=name)
+        return added
+
+    _list_arguments(command("list", "the models of the zoo"))
+    _info_arguments(command("info", "all that is known about one model"))
+    _predict_arguments(command("predict", "classify images"))
+    _features_arguments(command("features", "picture a model's feature pyramid of an image"))
+    command("doctor", "versions, devices, and which implementation each op would run and why")
+    _bench_arguments(command("bench", "time ops beside other ways to compute the same"))
+    _demo_arguments(command("demo", "classify digits, picture two photographs' features"))
+    _digits_arguments(command("digits", "train and test nat_atto on handwritten digits"))
+    return parser
+
+
+def _list_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "patterns", nargs="*", metavar="GLOB", help="names, e.g. 'nat_*' (default: all)"
+    )
+    parser.add_argument("--params-min", type=float, metavar="M", help="at least M million")
+    parser.add_argument("--params-max", type=float, metavar="M", help="at most M million")
+    parser.add_argument(
+        "--licence",
+        default="any",
+        metavar="L",
+        help="of code and weights: permissive, any (default) or a name, e.g. MIT",
+    )
+    parser.add_argument(
+        "--weights", action="store_true", help="only those whose weights a program can fetch"
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def _info_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="NAME[.TAG]", help="a model that `vitarium list` prints")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def _predict_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("images", nargs="+", metavar="IMAGE", help="image files")
+    parser.add_argument("--model", required=True, metavar="NAME", help="a vitarium or timm model")
+    parser.add_argument(
+        "--checkpoint", metavar="FILE", help="weights to use instead of the pretrained ones"
+    )
+    parser.add_argument(
+        "--topk", type=_positive, default=5, metavar="K", help="classes per image (default: 5)"
+    )
+    _device_argument(parser)
+    output = parser.add_mutually_exclusive_group()
+    output.add_argument("--csv", metavar="FILE", help="write the predictions to FILE too")
+    output.add_argument("--json", action="store_true", help="print JSON")
+
+
+def _features_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("image", metavar="IMAGE", help="an image file")
+    parser.add_argument("--model", required=True, metavar="NAME", help="a vitarium or timm model")
+    weights = parser.add_mutually_exclusive_group()
+    weights.add_argument(
+        "--checkpoint", metavar="FILE", help="weights to use instead of the pretrained ones"
+    )
+    weights.add_argument("--random", action="store_true", help="use random weights")
+    parser.add_argument(
+        "--size",
+        type=_size,
+        metavar="native|N",
+        help="the image's own size (default), or its shorter side scaled to N pixels",
+    )
+    parser.add_argument("--out", default="outputs", metavar="DIR", help="(default: outputs)")
+    _device_argument(parser)
+
+
+def _bench_arguments(parser: argparse.ArgumentParser) -> None:
+    kinds = parser.add_subparsers(dest="what", metavar="ops|models", required=True)
+    for what, names, threads in (("ops", "OP", 1), ("models", "MODEL", 2)):
+        kind = kinds.add_parser(what, allow_abbrev=False)
+        kind.add_argument("names", nargs="*", metavar=names, help="(default: all)")
+        kind.add_argument(
+            "--threads", type=_positive, default=threads, metavar="N", help=f"(default: {threads})"
+        )
+        kind.add_argument("--device", default="cpu", help="(default: cpu)")
+        kind.add_argument("--csv", metavar="FILE", help="write the rows to FILE too")
+        kind.add_argument(
+            "--rounds", type=_positive, default=25, metavar="N", help="of each (default: 25)"
+        )
+        kind.add_argument("--quick", action="store_true", help="small cases: a look, not a result")
+
+
+def _demo_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--out", default="outputs", metavar="DIR", help="(default: outputs)")
+
+
+def _digits_arguments(parser: argparse.ArgumentParser) -> None:
+    actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
+    train = actions.add_parser("train", help="train on all but the held-out digits")
+    train.add_argument("--out", metavar="FILE", help="where the weights go")
+    train.add_argument("--epochs", type=_positive, metavar="N", help="passes over the digits")
+    train.add_argument("--seed", type=int, default=0, metavar="N", help="(default: 0)")
+    test = actions.add_parser("test", help="accuracy on the held-out digits")
+    test.add_argument("--checkpoint", metavar="FILE", help="(default: the packaged weights)")
+
+
+def _device_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", help="e.g. cpu or cuda (default: cuda where there is one)")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
