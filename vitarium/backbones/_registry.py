@@ -113,6 +113,8 @@ def build(
         model: Any = model_cls(**model_kwargs)
         source = {name: value for name, value in vars(cfg).items() if value is not None}
         source["state_dict"] = _checkpoint(variant, cfg, weights, cache_dir)
+        if cfg.source != "local-dir":  # there it is the folder; else it is read, or not wanted
+            source.pop("file", None)
 
         def convert(state_dict: dict[str, Any], model: Any) -> dict[str, Tensor]:
             converted = filter_fn(unwrap(state_dict), model)

@@ -59,6 +59,8 @@ class NeighborhoodAttention(nn.Module):
         super().__init__()
         if dim % num_heads:
             raise ValueError(f"num_heads: expected a divisor of dim = {dim}, got {num_heads}")
+        if kernel_size < 1 or kernel_size % 2 == 0:
+            raise ValueError(f"kernel_size: expected an odd size, got {kernel_size}")
         self.num_heads = num_heads
         self.head_dim = dim // num_heads
         self.kernel_size = kernel_size
@@ -112,8 +114,8 @@ class Block(nn.Module):
         return x + self.drop_path(y if self.gamma2 is None else self.gamma2 * y)
 
 
-@register_notrace_function
-def _checked(image: Tensor) -> Tensor:
+@register_notrace_function  # which passes over names with an underscore
+def checked_image(image: Tensor) -> Tensor:
     """The image, if its shape is one that the stem takes."""
     if image.ndim != 4 or image.shape[-2] < _MIN_SIZE or image.shape[-1] < _MIN_SIZE:
         raise ValueError(
@@ -135,7 +137,7 @@ class Stem(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, in_chans, H, W] -> [B, ceil(H / 4), ceil(W / 4), C]."""
-        return self.norm(self.proj(_checked(x)).permute(0, 2, 3, 1))
+        return self.norm(self.proj(checked_image(x)).permute(0, 2, 3, 1))
 
 
 class Downsample(nn.Module):

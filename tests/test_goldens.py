@@ -1,0 +1,102 @@
+"""Every model computes what its authors' code computed."""
+
+import json
+from pathlib import Path
+
+import golden
+import pytest
+import timm
+import torch
+
+from vitarium import checkpoints
+from vitarium.backbones._registry import entries
+from vitarium.heads.features import FeatureBackbone
+
+ROOT = Path(__file__).parent / "golden"
+FAMILIES = sorted(path for path in ROOT.iterdir() if path.is_dir() and path.name != "ops")
+TOLERANCE = 1e-7  # of the expected values' spread
+
+ROWS = {
+    case: (folder / case, row)
+    for folder in FAMILIES
+    for case, row in json.loads((folder / "index.json").read_text()).items()
+}
+FULL = [case for case, (path, _) in ROWS.items() if path.with_suffix(".safetensors").exists()]
+
+
+def build(row, **kwargs):
+    create = {"timm": timm.create_model, "features": FeatureBackbone}[row["api"]]
+    return create(row["entry"], **row["kwargs"], **kwargs)
+
+
+def assert_close(out, expected, shape, what):
+    assert list(out.shape) == shape, what
+    error = (golden.sample(out) - expected).abs().max() / expected.std()
+    assert error <= TOLERANCE, f"{what}: {error:.1e} of the spread"
+
+
+@pytest.mark.parametrize("folder", FAMILIES, ids=lambda path: path.name)
+def test_every_golden_has_a_row_and_every_row_a_golden(folder):
+    rows = json.loads((folder / "index.json").read_text())
+    assert {path.stem for path in folder.glob("*.json")} - {"index"} == set(rows)
+    assert {path.stem for path in folder.glob("*.safetensors")} <= set(rows)
+
+
+def test_every_family_has_goldens():
+    modules = {module.__name__.rpartition(".")[2] for module in entries().values()}
+    assert modules == {folder.name for folder in FAMILIES}
+
+
+@pytest.mark.parametrize("case", ROWS)
+def test_manifest(case):
+    path, row = ROWS[case]
+    description = json.loads(path.with_suffix(".json").read_text())
+    shapes = {name: tuple(shape) for name, shape in description["tensors"].items()}
+    model = build(row, device="meta")
+    assert sum(p.numel() for p in model.parameters()) == description["num_params"]
+
+    authors = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+    report = checkpoints.compare(checkpoints.convert(authors, model), model)
+    assert report.whole, report
+
+    inner = model.model if row["api"] == "features" else model
+    renames = entries()[row["entry"]]._RENAMES
+    back = renames.to_authors(inner.state_dict())
+    assert {name: tuple(tensor.shape) for name, tensor in back.items()} == shapes
+
+
+@pytest.mark.parametrize("case", FULL)
+def test_case(case, ops_run):
+    path, row = ROWS[case]
+    description, expected = golden.load(path)
+    shapes = description["output_shapes"]
+    model = build(row, dtype=torch.float64).eval()
+    authors = golden.state_dict(description)
+    report = checkpoints.load(model, authors)
+    assert set(report.matched) == set(model.state_dict())
+    assert not report.ignored
+
+    image = golden.normal(description["seed"], description["input_shape"]).requires_grad_()
+    outputs = outputs_of(model, row["api"], image)
+    assert outputs.keys() == shapes.keys()
+    for name, out in outputs.items():
+        assert_close(out, expected[name], shapes[name], name)
+
+    main = outputs.get("logits", list(outputs.values())[-1])
+    (main * golden.normal(description["seed"] + 1, main.shape)).sum().backward()
+    assert_close(image.grad, expected["grad_input"], list(image.shape), "grad_input")
+    assert ops_run
+
+
+def outputs_of(model, api, image):
+    """All recorded outputs; the gradient flows from ``logits``, or else from the last one."""
+    if api == "features":
+        return {f"stage{i}": y for i, y in zip(model.out_indices, model(image), strict=True)}
+    with torch.no_grad():
+        final, stages = model.forward_intermediates(image)
+        pooled = model.forward_head(final, pre_logits=True)
+    return {
+        "logits": model(image),
+        "pooled": pooled,
+        **{f"stage{i}": y for i, y in enumerate(stages)},
+    }

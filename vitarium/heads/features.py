@@ -1,0 +1,128 @@
+"""Feature pyramids: the one form in which heads see a backbone."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import timm
+from timm.layers import Format
+from timm.models._features import FeatureGetterNet
+from torch import Tensor, nn
+
+from vitarium import checkpoints
+from vitarium.backbones._registry import entries
+
+_TASKS = ("det", "seg")
+
+
+class FeatureBackbone(nn.Module):
+    """Any backbone of vitarium or timm as a list of feature maps [B, C, H, W].
+
+    >>> backbone = FeatureBackbone("nat_mini", task="det")
+    >>> backbone.channels, backbone.strides
+    ((64, 128, 256, 512), (4, 8, 16, 32))
+
+    Args:
+        name: a model's name, with or without a tag.
+        out_indices: ascending indices of the maps, from 0; negative ones count from the last
+            one. None for all maps of a vitarium model, and for timm's own choice of another.
+        task: ``det`` or ``seg`` for the form that a family's authors give their backbone in
+            detection or segmentation, such as a norm for each map; None for the maps as they
+            are in the classifier.
+        checkpoint: a file, or what such a file holds, to load: of the classifier, of a detector
+            around the backbone, or of this module.
+        **model_kwargs: further arguments of ``timm.create_model``.
+
+    Attributes:
+        channels: of each map.
+        strides: of each map, in pixels; the maps' sizes are rounded up.
+        out_indices: of each map, none negative.
+
+    Raises:
+        ValueError: an unknown name, indices out of range or order, an unknown task, or one for
+            which the family has no form of its own.
+        CheckpointError: the checkpoint cannot be read or does not fit.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        out_indices: Sequence[int] | None = None,
+        task: str | None = None,
+        checkpoint: str | os.PathLike[str] | Mapping[str, Any] | None = None,
+        **model_kwargs: Any,
+    ) -> None:
+        super().__init__()
+        if task is not None and task not in _TASKS:
+            raise ValueError(f"task: expected None or one of {_TASKS}, got {task!r}")
+        if not timm.is_model(name):
+            raise ValueError(f"name: expected a model of vitarium or timm, got {name!r}")
+        family = entries().get(name.partition(".")[0])
+        adapter = getattr(family, "dense_adapter", None)
+        if task is not None and adapter is None:
+            raise ValueError(f"task: expected None, {name} has no form of its own, got {task!r}")
+        self._ignored: dict[str, str] = {}
+        if family is None:
+            self.model = _timm_features(name, out_indices, model_kwargs)
+            info = self.model.feature_info
+            self.out_indices = _ascending(name, info.out_indices, len(info))
+        else:
+            model: Any = timm.create_model(name, **model_kwargs)
+            info, classifier = model.feature_info, model.pretrained_cfg["classifier"]
+            self.out_indices = _ascending(name, out_indices, len(info))
+            whole = model.state_dict()
+            if adapter is not None and task is not None:
+                self.model = model = adapter(model, task, self.out_indices)
+            else:
+                self.model = FeatureGetterNet(model, self.out_indices)
+            unused = {*whole, f"{classifier}.*"} - model.state_dict().keys()
+            self._ignored = dict.fromkeys(sorted(unused), "no output depends on it")
+        self.channels = tuple(info[i]["num_chs"] for i in self.out_indices)
+        self.strides = tuple(info[i]["reduction"] for i in self.out_indices)
+        self._channels_last = _is_channels_last(name, self.model)
+        if checkpoint is not None:
+            checkpoints.load(self, checkpoint)
+
+    def checkpoint_ignore(self) -> dict[str, str]:
+        """Names of tensors that a classifier's checkpoint has and this module needs not: why."""
+        return self._ignored
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        """Image [B, in_chans, H, W] -> maps [B, channels[i], H / strides[i], W / strides[i]]."""
+        maps: list[Tensor] = self.model(x)
+        if self._channels_last:
+            return [y.permute(0, 3, 1, 2).contiguous() for y in maps]
+        return maps
+
+
+def _ascending(name: str, indices: Sequence[int] | None, count: int) -> tuple[int, ...]:
+    """Indices without negative ones, checked."""
+    if indices is None:
+        return tuple(range(count))
+    counted = tuple(i + count if i < 0 else i for i in indices)
+    if not counted or counted[0] < 0 or counted[-1] >= count or sorted({*counted}) != [*counted]:
+        raise ValueError(
+            f"out_indices: expected ascending indices of {name}'s {count} maps, "
+            f"got {tuple(indices)}"
+        )
+    return counted
+
+
+def _timm_features(name: str, out_indices: Sequence[int] | None, kwargs: dict[str, Any]) -> Any:
+    if out_indices is None:
+        return timm.create_model(name, features_only=True, **kwargs)
+    try:
+        return timm.create_model(name, features_only=True, out_indices=tuple(out_indices), **kwargs)
+    except (AssertionError, IndexError) as error:  # timm's word for an index out of range
+        raise ValueError(
+            f"out_indices: expected indices of {name}'s maps, got {tuple(out_indices)} ({error})"
+        ) from error
+
+
+def _is_channels_last(name: str, features: nn.Module) -> bool:
+    layout = Format(getattr(features, "output_fmt", Format.NCHW))
+    if layout not in (Format.NCHW, Format.NHWC):
+        raise ValueError(f"name: expected a model with feature maps, {name} gives {layout.value}")
+    return layout is Format.NHWC
