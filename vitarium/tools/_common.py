@@ -13,6 +13,12 @@ from timm.models import PretrainedCfg, get_arch_pretrained_cfgs, get_pretrained_
 
 from vitarium.tools.list import did_you_mean
 
+# What Pillow's decoders raise on broken files.
+_DECODER_ERRORS = (
+    *(OSError, SyntaxError, ValueError, EOFError, RuntimeError, struct.error),
+    Image.DecompressionBombError,
+)
+
 
 def read_image(path: str) -> Image.Image:
     """Read an image file as 8-bit RGB, turned as its EXIF orientation says.
@@ -35,10 +41,7 @@ def read_image(path: str) -> Image.Image:
             return _rgb(ImageOps.exif_transpose(image))
     except UnidentifiedImageError:
         reason = "the file is empty" if file.stat().st_size == 0 else "unknown format"
-    # What Pillow's decoders raise on broken files goes beyond OSError.
-    except (OSError, SyntaxError, ValueError, EOFError, struct.error) as error:
-        reason = str(error)
-    except Image.DecompressionBombError as error:
+    except _DECODER_ERRORS as error:
         reason = str(error)
     raise ValueError(f"{path}: cannot read this image: {reason}")
 

@@ -79,7 +79,7 @@ def records() -> list[dict[str, Any]]:
 
 def _record(entry: str, module: ModuleType, name: str, cfg: PretrainedCfg) -> dict[str, Any]:
     with torch.device("meta"):
-        model = timm.create_model(name)
+        model: Any = timm.create_model(name)
     published: Published | None = module._PUBLISHED.get(name)
     weight: Weight | None = module._WEIGHTS.get(name)
     default = get_pretrained_cfg(entry)

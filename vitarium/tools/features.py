@@ -53,7 +53,7 @@ def run(args: Namespace) -> int:
     if args.size is not None:
         scale = args.size / min(photo.size)
         image = _resized(photo, round(photo.height * scale), round(photo.width * scale))
-    if cfg.fixed_input_size:  # such a model is built for one size, here the nearest that it divides
+    if cfg.fixed_input_size:  # then the model is built for one size: that nearest to the image's
         step = max(FeatureBackbone(args.model).strides)
         height, width = (max(1, round(n / step)) * step for n in (image.height, image.width))
         image = _resized(image, height, width)

@@ -23,7 +23,8 @@ _PERMISSIVE = {"mit", "apache-2.0", "bsd-2-clause", "bsd-3-clause"}
 
 def catalogue() -> list[dict[str, Any]]:
     """Every model with its facts, in the list's order (see `vitarium.tools.catalogue`)."""
-    return json.loads(_MODELS.read_text(encoding="utf-8"))
+    models: list[dict[str, Any]] = json.loads(_MODELS.read_text(encoding="utf-8"))
+    return models
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
@@ -79,10 +80,10 @@ def _passes(model: dict[str, Any], args: Namespace) -> bool:
 
 def _table(models: list[dict[str, Any]]) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("model", no_wrap=True)
+    table.add_column("model", overflow="fold")
     for column in ("params", "GFLOPs", "top-1", "input"):
-        table.add_column(column, justify="right", no_wrap=True)
-    table.add_column("weights", no_wrap=True)
+        table.add_column(column, justify="right", min_width=len(column))
+    table.add_column("weights", min_width=len("download"))
     table.add_column("their licence")
     for model in models:
         height, width = model["input_size"][1:]

@@ -30,12 +30,12 @@ def run(args: Namespace) -> int:
         OSError: the CSV file cannot be written.
     """
     device = pick_device(args.device)
-    check_model(args.model, pretrained=args.checkpoint is None)
+    cfg = check_model(args.model, pretrained=args.checkpoint is None)
+    if cfg.num_classes == 0:
+        raise ValueError(f"{args.model} has no classifier")
     model = timm.create_model(args.model, pretrained=args.checkpoint is None)
     if args.checkpoint is not None:
         load(model, args.checkpoint)
-    if model.num_classes == 0:
-        raise ValueError(f"{args.model} has no classifier")
     model = model.to(device).eval()
     transform = create_transform(**resolve_model_data_config(model), is_training=False)
     labels = label_names(model)

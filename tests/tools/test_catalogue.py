@@ -1,0 +1,68 @@
+import json
+
+import pytest
+import timm
+
+from vitarium.backbones._registry import entries
+from vitarium.tools import catalogue
+
+
+def test_the_generated_files_are_fresh(capsys):
+    assert catalogue.main(["--check"]) == 0, capsys.readouterr().err
+
+
+def test_every_tag_of_every_entry_has_a_row():
+    rows = catalogue.records()
+    known = {name for entry in entries() for name in timm.list_models(f"{entry}.*")}
+    listed = [row["name"] for row in rows]
+    assert len(listed) == len(set(listed))
+    ours = {n for n in timm.list_models(include_tags=True) if n.partition(".")[0] in entries()}
+    assert set(listed) == ours
+    assert known <= ours
+    assert {row["entry"] for row in rows if row["default"]} == entries().keys()
+
+
+def test_a_row_s_facts_are_the_model_s():
+    row = next(row for row in catalogue.records() if row["entry"] == "nat_mini")
+    assert row["params"] == 19_984_174
+    assert (row["gflops"], row["top1"]) == (2.7, 81.8)
+    assert row["channels"] == [64, 128, 256, 512]
+    assert row["strides"] == [4, 8, 16, 32]
+    assert row["ops"] == ["neighborhood"]
+    assert row["licence"] == {"code": "MIT", "weights": "none stated"}
+
+
+def test_stale_files_are_told_and_written(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(catalogue, "_PACKAGE", tmp_path / "vitarium")
+    monkeypatch.setattr(catalogue, "_ROOT", tmp_path)
+    (tmp_path / "vitarium").mkdir()
+    (tmp_path / "MODELS.md").write_text("old", encoding="utf-8")
+    assert catalogue.main(["--check"]) == 1
+    assert capsys.readouterr().err.splitlines() == [
+        "models.json is stale: run python -m vitarium.tools.catalogue",
+        "MODELS.md is stale: run python -m vitarium.tools.catalogue",
+    ]
+    assert catalogue.main([]) == 0
+    rows = json.loads((tmp_path / "vitarium" / "models.json").read_text(encoding="utf-8"))
+    table = (tmp_path / "MODELS.md").read_text(encoding="utf-8")
+    for row in rows:
+        assert f"| `{row['name']}` | {row['params']:,} |" in table
+    capsys.readouterr()
+    assert catalogue.main(["--check"]) == 0
+    assert catalogue.main([]) == 0
+    assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("weight", "source"),
+    [
+        (None, {"source": "none"}),
+        ({"file": "a.safetensors", "size": 5}, {"source": "packaged", "address": "a.safetensors"}),
+        ({"url": "https://a.b/c.pth"}, {"source": "download", "address": "https://a.b/c.pth"}),
+        ({"manual": "ask them"}, {"source": "manual", "address": "ask them"}),
+    ],
+)
+def test_where_weights_come_from(weight, source):
+    found = catalogue._source(weight and catalogue.Weight(**weight))
+    assert {key: found[key] for key in source} == source
+    assert found.get("size") == (weight or {}).get("size")
