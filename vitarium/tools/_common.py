@@ -36,11 +36,10 @@ def read_image(path: str) -> Image.Image:
         raise ValueError(f"{path}: no such file")
     try:
         with Image.open(file) as image:
-            if 0 in image.size:
-                raise ValueError(f"it has no pixels ({image.width} x {image.height})")
             return _rgb(ImageOps.exif_transpose(image))
     except UnidentifiedImageError:
-        reason = "the file is empty" if file.stat().st_size == 0 else "unknown format"
+        empty = file.stat().st_size == 0
+        reason = "the file is empty" if empty else "unknown format, damaged, or without pixels"
     except _DECODER_ERRORS as error:
         reason = str(error)
     raise ValueError(f"{path}: cannot read this image: {reason}")
