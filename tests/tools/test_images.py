@@ -65,8 +65,10 @@ def test_bad_files_are_named_with_their_reason(photo, tmp_path):
         return str(found.value).removeprefix(f"{path}: ")
 
     path = tmp_path / "x.png"
-    assert refused(path) == "no such file"
-    assert refused(tmp_path) == "expected an image file, got a directory"
+    assert refused(path) == "cannot read this image: No such file or directory"
+    assert refused(tmp_path) == "cannot read this image: Is a directory"
+    assert refused(photo / "x.png") == "cannot read this image: Not a directory"
+    assert refused("x" * 300) == "cannot read this image: File name too long"
     path.write_bytes(b"")
     assert refused(path) == "cannot read this image: the file is empty"
     path.write_text("GIF87a, but not really")

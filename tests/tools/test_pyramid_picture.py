@@ -63,8 +63,9 @@ def test_refusals(program, photo, checkpoint, tmp_path):
         return err.removeprefix("vitarium: error: ").removesuffix("\n")
 
     atto = ("--model", "nat_atto", "--random")
-    assert refused("none.png", *atto) == "none.png: no such file"
-    assert refused(tmp_path, *atto) == f"{tmp_path}: expected an image file, got a directory"
+    unreadable = "cannot read this image"
+    assert refused("no.png", *atto) == f"no.png: {unreadable}: No such file or directory"
+    assert refused(tmp_path, *atto) == f"{tmp_path}: {unreadable}: Is a directory"
     assert refused(photo, "--model", "nat_atom").startswith("unknown model 'nat_atom'; did you")
     assert refused(photo, *atto, "--out", photo) == f"{photo}: File exists"
     assert refused(photo, *atto, "--size", "20", "--out", tmp_path).startswith(

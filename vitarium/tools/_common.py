@@ -29,19 +29,14 @@ def read_image(path: str) -> Image.Image:
         ValueError: no such file, a directory, not an image, a truncated one, one without
             pixels, or pixels that are neither 8 nor 16 bits deep.
     """
-    file = Path(path)
-    if file.is_dir():
-        raise ValueError(f"{path}: expected an image file, got a directory")
-    if not file.exists():
-        raise ValueError(f"{path}: no such file")
     try:
-        with Image.open(file) as image:
+        with Image.open(path) as image:
             return _rgb(ImageOps.exif_transpose(image))
     except UnidentifiedImageError:
-        empty = file.stat().st_size == 0
+        empty = Path(path).stat().st_size == 0
         reason = "the file is empty" if empty else "unknown format, damaged, or without pixels"
     except _DECODER_ERRORS as error:
-        reason = str(error)
+        reason = getattr(error, "strerror", None) or str(error)
     raise ValueError(f"{path}: cannot read this image: {reason}")
 
 
