@@ -247,7 +247,7 @@ def num_saved(model, x):
 def gradients(model, x, run=None):
     """Logits, and the gradient of every parameter of ``model`` when ``run`` computes them."""
     model.zero_grad()
-    out = (run or model)(x)
+    out = (model if run is None else run)(x)
     out.square().sum().backward()
     return {"logits": out.detach()} | {k: p.grad.clone() for k, p in model.named_parameters()}
 

@@ -37,7 +37,7 @@ class FeatureBackbone(nn.Module):
 
     Attributes:
         channels: of each map.
-        strides: of each map, in pixels; the maps' sizes are rounded up.
+        strides: of each map, in pixels; sizes are rounded up in vitarium's models.
         out_indices: of each map, none negative.
 
     Raises:

@@ -1,0 +1,278 @@
+"""timm's registry and ours: names, tags, weights, and building with weights."""
+
+import ast
+import json
+import subprocess
+import sys
+import types
+import warnings
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+from servers import Reply, Server
+from timm.models import get_arch_pretrained_cfgs, model_entrypoint, save_for_hf
+
+import vitarium.backbones
+from vitarium.backbones import _registry, nat
+from vitarium.checkpoints import CheckpointError, Weight
+
+BACKBONES = Path(vitarium.backbones.__file__).parent
+FAMILIES = sorted(path.stem for path in BACKBONES.glob("[a-z]*.py"))
+ATTO = "nat_atto"
+DIGITS = "nat_atto.vitarium_digits"
+
+
+# Names
+
+
+def test_backbones_are_imported_in_order_and_nothing_else():
+    _, *imports = ast.parse((BACKBONES / "__init__.py").read_text()).body
+    assert [ast.unparse(line) for line in imports] == [
+        f"from vitarium.backbones.{family} import *" for family in FAMILIES
+    ]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_family_has_small_and_tagged_entries_of_its_name(family):
+    names = [
+        name for name, module in _registry.entries().items()
+        if module.__name__ == f"vitarium.backbones.{family}"
+    ]  # fmt: skip
+    assert f"{family}_atto" in names
+    atto = timm.create_model(f"{family}_atto", device="meta")
+    assert sum(p.numel() for p in atto.parameters()) <= 1_500_000
+    for name in names:
+        assert name.startswith(f"{family}_")
+        assert name == name.lower()
+        assert model_entrypoint(name).__module__ == f"vitarium.backbones.{family}"
+        cfgs = get_arch_pretrained_cfgs(name)
+        assert cfgs
+        for full, cfg in cfgs.items():
+            assert full == f"{name}.{cfg.tag}"
+            assert cfg.license
+            assert cfg.paper_ids
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_weights_and_published_figures_belong_to_tags(family):
+    module = sys.modules[f"vitarium.backbones.{family}"]
+    tags = {
+        f"{entry}.{tag}": cfg
+        for entry, default in module.default_cfgs.items()
+        for tag, cfg in default.cfgs.items()
+    }
+    assert module._WEIGHTS.keys() <= tags.keys()
+    assert module._PUBLISHED.keys() <= tags.keys()
+    for name, weight in module._WEIGHTS.items():
+        assert tags[name].url == weight.url
+        assert tags[name].file == _registry.packaged(weight)
+        assert tags[name].license == weight.licence
+        assert timm.is_model_pretrained(name) == bool(weight.url or _registry.packaged(weight))
+
+
+def test_no_name_is_timms():
+    code = "import timm; print(*timm.list_models())"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, text=True)
+    assert not {*out.stdout.split()} & {*_registry.entries()}
+
+
+def entry_of_ours(name):
+    """A model function as a family file would have it."""
+    module = types.ModuleType("vitarium.backbones.invented")
+    module.default_cfgs = {}
+    exec(f"def {name}(pretrained=False, **kwargs): return None", vars(module))
+    sys.modules[module.__name__] = module
+    return getattr(module, name)
+
+
+def test_timm_keeps_a_name_that_it_has():
+    theirs = model_entrypoint("resnet18")
+    before = _registry.entries()
+    with pytest.warns(UserWarning, match=r"vitarium\.backbones\.invented\.resnet18 is not regist"):
+        ours = _registry.register(entry_of_ours("resnet18"))
+    assert ours() is None
+    assert model_entrypoint("resnet18") is theirs
+    assert timm.is_model_pretrained("resnet18.a1_in1k")
+    assert _registry.entries() == before
+
+
+def test_a_free_name_is_registered_without_a_word(monkeypatch):
+    monkeypatch.setattr(_registry, "_entries", dict(_registry._entries))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ours = _registry.register(entry_of_ours("invented_atto"))
+    assert model_entrypoint("invented_atto") is ours
+    assert "invented_atto" in _registry.entries()
+
+
+# Weights
+
+
+@pytest.fixture
+def trained():
+    """A state dict of nat_atto that no initialisation gives."""
+    torch.manual_seed(7)
+    model = timm.create_model(ATTO)
+    return {key: torch.randn_like(tensor) for key, tensor in model.state_dict().items()}
+
+
+def load(name=ATTO, overlay=None, **kwargs):
+    return timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, **kwargs)
+
+
+def assert_holds(model, expected, but=()):
+    for key, tensor in model.state_dict().items():
+        assert torch.equal(tensor, expected[key]) == (key not in but), key
+
+
+@pytest.fixture
+def file(trained, tmp_path):
+    save_file(trained, tmp_path / "own.safetensors")
+    return {"file": str(tmp_path / "own.safetensors")}
+
+
+def test_own_file_and_own_tensors(trained, file):
+    assert_holds(load(overlay=file), trained)
+    assert_holds(load(overlay={"state_dict": trained}), trained)
+    assert_holds(load(overlay={"state_dict": {"model": trained}}), trained)
+    model = load(DIGITS, overlay=file)
+    assert model.pretrained_cfg["file"] == file["file"]
+    assert "state_dict" not in model.pretrained_cfg
+
+
+def test_own_file_as_timms_scripts_give_it(trained, file):
+    cfg = {**vars(timm.get_pretrained_cfg(ATTO)), **file}
+    assert_holds(timm.create_model(ATTO, pretrained=True, pretrained_cfg=cfg), trained)
+
+
+def test_checkpoint_path(trained, file):
+    assert_holds(timm.create_model(ATTO, checkpoint_path=file["file"]), trained)
+
+
+@pytest.mark.parametrize("known", [True, False], ids=["tag", "overlay"])
+def test_download(trained, tmp_path, monkeypatch, known):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "home"))
+    torch.save(trained, tmp_path / "x.pth")
+    with Server({"/x.pth": Reply((tmp_path / "x.pth").read_bytes())}) as server:
+        url = server.url("/x.pth")
+        if known:
+            monkeypatch.setitem(nat._WEIGHTS, DIGITS, Weight(url=url))
+        overlay = {"file": None, "url": None if known else url}
+        assert_holds(load(overlay=overlay), trained)
+        assert_holds(load(overlay=overlay), trained)
+        assert server.requests == ["/x.pth"]
+    cached = (tmp_path / "home" / "hub" / "checkpoints" / "vitarium").glob("*.pth")
+    assert [path.name.startswith(DIGITS) for path in cached] == [True]
+
+
+def test_a_known_weight_is_verified(trained, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "home"))
+    torch.save(trained, tmp_path / "x.pth")
+    with Server({"/x.pth": Reply((tmp_path / "x.pth").read_bytes())}) as server:
+        weight = Weight(url=server.url("/x.pth"), sha256="0" * 64)
+        monkeypatch.setitem(nat._WEIGHTS, DIGITS, weight)
+        with pytest.raises(CheckpointError, match="expected sha256 0000"):
+            load(overlay={"file": None})
+
+
+def test_a_file_that_should_ship_and_does_not(monkeypatch):
+    monkeypatch.setitem(nat._WEIGHTS, DIGITS, Weight(file="nat_atto.absent.safetensors"))
+    with pytest.raises(CheckpointError, match=r"nat_atto\.absent\.safetensors: cannot be read"):
+        load(overlay={"file": None})
+
+
+def test_cache_dir_is_not_ignored(tmp_path):
+    with pytest.raises(ValueError, match="cache_dir: expected None, got"):
+        load("nat_mini", cache_dir=str(tmp_path))
+
+
+def test_missing_weights_are_called_missing():
+    with pytest.raises(CheckpointError, match="nat_atto.own: no weights are known"):
+        load(overlay={"tag": "own", "file": None})
+    with pytest.raises(RuntimeError, match="Invalid pretrained tag"):
+        load(f"{ATTO}.nonsense")
+
+
+def test_another_number_of_classes(trained, file):
+    head = {"head.weight", "head.bias"}
+    for overlay in (file, {"state_dict": trained}):
+        model = load(overlay=overlay, num_classes=5)
+        assert model.head.out_features == 5
+        assert_holds(model, {**trained, **{key: torch.zeros(0) for key in head}}, but=head)
+        assert_holds(load(overlay=overlay, num_classes=0), trained)
+    lost = {key: trained[key] for key in trained if key not in head}
+    with pytest.raises(CheckpointError, match=r"2 missing: head\.weight, head\.bias"):
+        load(overlay={"state_dict": lost})
+
+
+def test_a_classifier_that_fits_is_kept(trained):
+    """timm alone compares with the registry's number of classes and drops it."""
+    torch.manual_seed(8)
+    own = {**trained, "head.weight": torch.randn(3, 256), "head.bias": torch.randn(3)}
+    assert_holds(load(overlay={"state_dict": own}, num_classes=3), own)
+    with pytest.raises(
+        CheckpointError, match=r"head\.weight expected \[10, 256\].* got \[3, 256\]"
+    ):
+        load(overlay={"state_dict": own})
+
+
+def test_another_number_of_channels(trained, file):
+    stem = "patch_embed.proj.0.weight"
+    model = load(overlay=file, in_chans=1)
+    gray = trained[stem].sum(1, keepdim=True)
+    torch.testing.assert_close(model.state_dict()[stem], gray)
+    assert_holds(model, {**trained, stem: model.state_dict()[stem]})
+    with pytest.raises(CheckpointError, match=stem):
+        load(overlay={"state_dict": {**trained, stem: torch.zeros(16, 3, 5, 5)}}, in_chans=1)
+    with pytest.raises(CheckpointError, match=stem):
+        load(overlay={"state_dict": {**trained, stem: torch.zeros(16, 1, 3, 3)}})
+
+
+@pytest.mark.parametrize("change", ["missing", "unexpected", "misshapen"])
+@pytest.mark.parametrize(
+    "kwargs", [{}, {"num_classes": 5}, {"in_chans": 1}, {"features_only": True}]
+)
+def test_nothing_else_may_differ(trained, change, kwargs):
+    key = "levels.0.blocks.0.attn.rpb"
+    if change == "missing":
+        del trained[key]
+    elif change == "unexpected":
+        key = "levels.0.blocks.7.attn.rpb"
+        trained[key] = torch.zeros(1)
+    else:
+        trained[key] = torch.zeros(1, 3, 3)
+    with pytest.raises(CheckpointError, match=rf"nat_atto: .* 1 {change}: {key}"):
+        load(overlay={"state_dict": trained}, **kwargs)
+
+
+def test_features_only(trained, file):
+    features = load(overlay=file, features_only=True, out_indices=(0, 2))
+    assert_holds(features.model, trained)
+    assert features.feature_info.channels() == [32, 128]
+    assert load(overlay=file, features_only=True).feature_info.reduction() == [4, 8, 16, 32]
+
+
+def test_folder_saved_for_the_hub(trained, file, tmp_path):
+    save_for_hf(load(overlay=file), tmp_path / "saved", safe_serialization=True)
+    assert_holds(timm.create_model(f"local-dir:{tmp_path}/saved", pretrained=True), trained)
+    config = json.loads((tmp_path / "saved" / "config.json").read_text())
+    assert config["architecture"] == ATTO
+    assert "file" not in config["pretrained_cfg"]
+
+
+def test_hub(trained, monkeypatch):
+    asked = []
+
+    def answer(model_id, *args, **kwargs):
+        asked.append(model_id)
+        return trained
+
+    monkeypatch.setattr("timm.models._builder.load_state_dict_from_hf", answer)
+    assert_holds(load(overlay={"hf_hub_id": "someone/nat"}), trained)
+    assert asked == ["someone/nat"]
+    del trained["norm.weight"]
+    with pytest.raises(CheckpointError, match=r"1 missing: norm\.weight"):
+        load(overlay={"hf_hub_id": "someone/nat"})
