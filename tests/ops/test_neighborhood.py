@@ -133,9 +133,9 @@ def test_parts_and_images_do_not_mix(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_every_tile_gives_the_same_numbers(
     tile: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from vitarium.ops.neighborhood_attn import aten
+    from vitarium.ops.neighborhood_attn import tiles
 
-    monkeypatch.setattr(aten, "_tile", lambda *_: tile)
+    monkeypatch.setattr(tiles, "best_tile", lambda *_: tile)
     for dilation, padded in ((1, False), ((3, 2), True)):
         leaves = inputs((10, 12), 5, padded)
         args = dict(leaves, kernel_size=5, dilation=dilation)

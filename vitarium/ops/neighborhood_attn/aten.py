@@ -1,22 +1,14 @@
 """Neighborhood attention in ordinary torch functions, fast on a CPU.
 
-The map is cut into tiles of queries. A tile's windows lie inside its halo, a rectangle of keys
-that is only a little larger than one window, so attention becomes a batch of small dense
-attentions with a mask: the relative position bias inside the windows, minus infinity outside.
-Tiles in the interior of the map all share one mask; only those near a border differ. Tiles with
-the same mask ("kinds") are attended to in one call, so masks are never repeated.
-
-A dilated map is ``dh * dw`` independent maps, one per pair of residue classes: their tiles are
-more tiles of the same kinds. Everything about geometry is a table of indices (`_axis`).
-
-Eager training does not keep halos or masks: the backward pass gathers them again.
+Tiles of queries attend to their halos of keys (see `tiles`), part after part, so that what is
+gathered stays in cache. On small maps, tiles as wide as the map pay: their queries and keys are
+slices and need no gathering. Training does not keep halos or masks: the backward pass gathers
+them again. Traced programs hold the same tiles in one part.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,6 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from vitarium.ops import _select
+from vitarium.ops.neighborhood_attn import tiles
 
 if TYPE_CHECKING:
     from vitarium.ops.neighborhood_attn.op import Call
@@ -36,6 +29,12 @@ _TRACED_TILE = (4, 7)
 def unsupported(call: Call) -> str | None:
     """None: runs everywhere."""
     return None
+
+
+def _geometry(call: Call) -> tiles.Geometry:
+    batch, height, width, heads, _ = call.query.shape
+    maps = ((height, width), call.padded_size, call.kernel_size, call.dilation)
+    return tiles.geometry(*maps, tiles.best_tile(batch * heads, *maps), call.query.device)
 
 
 def run(call: Call) -> Tensor:
@@ -51,286 +50,70 @@ def run(call: Call) -> Tensor:
     return _forward(geometry, call.scale, *tensors)
 
 
-# Geometry: where the queries and keys of every tile stand, and which bias entry joins them.
-
-
-def _axis(length: int, padded: int, kernel: int, dilation: int, tile: int, device: torch.device):
-    """Tables of one axis: its tiles' queries, keys and bias entries.
-
-    Args:
-        length: positions with queries.
-        padded: positions with keys, at least ``kernel * dilation``.
-        kernel: window size.
-        dilation: number of residue classes.
-        tile: queries per tile.
-        device: where the tables live.
-
-    Returns:
-        query [tiles, tile]: positions; a ragged tile repeats its last one. real [tiles, tile]:
-        false for repetitions. key [tiles, halo]: positions on the padded axis. entry
-        [tiles, tile, halo]: bias entry, or -1 outside the query's window. slot [length]: where
-        in the flattened queries a position stands.
-    """
-    residue = torch.arange(dilation, device=device)[:, None]
-    members = (padded - residue + dilation - 1) // dilation
-    queries = ((length - residue + dilation - 1) // dilation).clamp(min=1)
-    longest_queries = (length + dilation - 1) // dilation
-    longest = (padded + dilation - 1) // dilation
-    tiles = (longest_queries + tile - 1) // tile
-    halo = min(tile + kernel - 1, longest)
-
-    first = torch.arange(tiles, device=device) * tile  # [tiles]
-    rank = first[:, None] + torch.arange(tile, device=device)
-    real = (rank < queries[..., None]) & (residue[..., None] < length)
-    rank = torch.minimum(rank, queries[..., None] - 1)  # [dilation, tiles, tile]
-    start = torch.minimum((first - kernel // 2).clamp(min=0), (members - halo).clamp(min=0))
-    key_rank = start[..., None] + torch.arange(halo, device=device)  # [dilation, tiles, halo]
-    window = torch.minimum((rank - kernel // 2).clamp(min=0), members[..., None] - kernel)
-    offset = key_rank[..., None, :] - window[..., None]
-    inside = (offset >= 0) & (offset < kernel)
-    entry = torch.where(inside, key_rank[..., None, :] - rank[..., None] + kernel - 1, -1)
-    query = (residue[..., None] + rank * dilation).clamp(max=length - 1)
-    key = (residue[..., None] + key_rank * dilation).clamp(max=padded - 1)
-    position = torch.arange(length, device=device)
-    slot = (position % dilation) * (tiles * tile) + position // dilation
-    return query.flatten(0, 1), real.flatten(0, 1), key.flatten(0, 1), entry.flatten(0, 1), slot
-
-
-def _join(rows: Tensor, columns: Tensor, width: int) -> Tensor:
-    """Row-major index of every pair: [R, *], [C, *] -> [R, C, rows of a tile, columns of it]."""
-    return rows[:, None, :, None] * width + columns[None, :, None, :]
-
-
-def _join_keys(rows: Tensor, columns: Tensor, height: int, width: int) -> Tensor:
-    """Like `_join`; a key on the padding gets the index behind the map's last."""
-    pair_rows, pair_columns = rows[:, None, :, None], columns[None, :, None, :]
-    on_map = (pair_rows < height) & (pair_columns < width)
-    return torch.where(on_map, pair_rows * width + pair_columns, height * width)
-
-
-def _join_entries(rows: Tensor, columns: Tensor, kernel: tuple[int, int]) -> Tensor:
-    """Index into a flattened bias: [R, C, queries, keys]; the entry behind the last masks."""
-    stride = 2 * kernel[1] - 1
-    pair_rows, pair_columns = rows[:, None, :, None, :, None], columns[None, :, None, :, None, :]
-    inside = (pair_rows >= 0) & (pair_columns >= 0)
-    entry = torch.where(inside, pair_rows * stride + pair_columns, (2 * kernel[0] - 1) * stride)
-    return entry.flatten(4, 5).flatten(2, 3)
-
-
-@dataclass(frozen=True)
-class _Kind:
-    """Tiles that share a mask: queries [tiles, Lq], keys [tiles, Lk], entries [Lq, Lk]."""
-
-    query: Tensor
-    key: Tensor
-    entry: Tensor
-    real: Tensor | None  # [tiles, Lq] where some tile repeats a query, else None
-    runs: tuple[tuple[slice, slice], ...] | None  # the tiles as slices, where they are such
-
-
-@dataclass(frozen=True)
-class _Slices:
-    """Where consecutive positions of some images stand."""
-
-    images: slice
-    positions: slice
-
-
-_At = Tensor | _Slices  # rows [N, L] of the flattened map, or slices of it
-
-
-def _runs(query: Tensor, key: Tensor) -> tuple[tuple[slice, slice], ...] | None:
-    """Slices for tiles whose queries and keys are consecutive (undilated, full-width tiles)."""
-    if bool((query.diff(dim=1) != 1).any()) or bool((key.diff(dim=1) != 1).any()):
-        return None
-    return tuple(
-        (slice(q, q + query.shape[1]), slice(k, k + key.shape[1]))
-        for q, k in zip(query[:, 0].tolist(), key[:, 0].tolist(), strict=True)
-    )
-
-
-@dataclass(frozen=True)
-class _Geometry:
-    entries: int  # entries of a head's bias
-    padded: bool
-    kinds: tuple[_Kind, ...]
-    entry: Tensor  # the kinds' entries, all in one
-
-
-def _geometry(call: Call) -> _Geometry:
-    batch, height, width, heads, _ = call.query.shape
-    padded = call.padded_size
-    tile = _tile(batch * heads, (height, width), padded, call.kernel_size, call.dilation)
-    return _tables(
-        (height, width), padded, call.kernel_size, call.dilation, tile, call.query.device
-    )
-
-
-def _cost(per_axis: list[tuple[int, int, int, int]], attentions: int) -> int:
-    """Rough time of a tiling, in multiply-adds of a query with a key (2 ns on a 2024 core)."""
-    (rows, tile_h, halo_h, kinds_h), (columns, tile_w, halo_w, kinds_w) = per_axis
-    queries, keys = tile_h * tile_w, halo_h * halo_w
-    blocks = -(-queries // 32)  # the attention kernel works on 32 queries at a time
-    one = queries * keys + blocks * (600 + 12 * keys)
-    return attentions * rows * columns * one + kinds_h * kinds_w * 15_000
-
-
-@lru_cache(maxsize=256)
-def _tile(
-    attentions: int,
-    size: tuple[int, int],
-    padded: tuple[int, int],
-    kernel: tuple[int, int],
-    dilation: tuple[int, int],
-) -> tuple[int, int]:
-    """The tile with the least estimated time for ``attentions`` (batch x heads) maps."""
-    options = []
-    for length, full, k, d in zip(size, padded, kernel, dilation, strict=True):
-        queries, keys = -(-length // d), -(-full // d)
-        axis = []
-        for tile in range(1, min(queries, 32) + 1):
-            count = -(-queries // tile)
-            kinds = min(count, 2 * -(-(k // 2) // tile) + 1 + (queries % tile > 0))
-            axis.append((count * d, tile, min(tile + k - 1, keys), kinds))
-        options.append(axis)
-    pairs = [[h, w] for h in options[0] for w in options[1] if h[1] * w[1] <= 64]
-    best = min(pairs, key=lambda pair: _cost(pair, attentions))
-    return best[0][1], best[1][1]
-
-
-@lru_cache(maxsize=64)
-def _tables(
-    size: tuple[int, int],
-    padded: tuple[int, int],
-    kernel: tuple[int, int],
-    dilation: tuple[int, int],
-    tile: tuple[int, int],
-    device: torch.device,
-) -> _Geometry:
-    axes = []
-    for args in zip(size, padded, kernel, dilation, tile, strict=True):
-        query, real, key, entry, _ = _axis(*args, torch.device("cpu"))
-        _, kind = entry.flatten(1).unique(dim=0, return_inverse=True)
-        axes.append((query, real, key, entry, [kind == i for i in range(int(kind.max()) + 1)]))
-    (rows, columns), kinds = axes, []
-    for row_kind in rows[4]:
-        for column_kind in columns[4]:
-            query_h, real_h, key_h, entry_h = (x[row_kind] for x in rows[:4])
-            query_w, real_w, key_w, entry_w = (x[column_kind] for x in columns[:4])
-            query = _join(query_h, query_w, size[1]).flatten(2).flatten(0, 1)
-            real = (real_h[:, None, :, None] & real_w[None, :, None, :]).flatten(2).flatten(0, 1)
-            used = real.any(1)
-            if not used.any():
-                continue
-            key = _join_keys(key_h, key_w, *size).flatten(2).flatten(0, 1)
-            entry = _join_entries(entry_h[:1], entry_w[:1], kernel)[0, 0]
-            query, key, real = query[used], key[used], real[used]
-            kinds.append(
-                _Kind(
-                    query.to(device),
-                    key.to(device),
-                    entry.to(device),
-                    None if real.all() else real.to(device),
-                    _runs(query, key) if real.all() else None,
-                )
-            )
-    entries = (2 * kernel[0] - 1) * (2 * kernel[1] - 1)
-    entry = torch.cat([kind.entry.flatten() for kind in kinds])
-    return _Geometry(entries, padded != size, tuple(kinds), entry)
-
-
 # The eager computation.
 
 
-class _Map:
-    """A map's channels, by flattened position: gathered by index or sliced.
-
-    Args:
-        x: ``[B, H, W, heads, head_dim]``, viewed and not copied where its strides allow.
-        pad: ``[heads, head_dim]``, one more position behind the map's own.
-    """
-
-    def __init__(self, x: Tensor, pad: Tensor | None = None):
-        batch, height, width, heads, head_dim = x.shape
-        if pad is not None:
-            flat = x.reshape(batch, height * width, heads, head_dim)
-            x = torch.cat([flat, pad.expand(batch, 1, -1, -1)], 1)
-        self.rows = x.reshape(-1, heads * head_dim)
-        self.positions = self.rows.shape[0] // batch
-        self.heads = self.rows.view(batch, self.positions, heads, head_dim).transpose(1, 2)
-
-    def take(self, at: _At) -> Tensor:
-        """What stands there, [N, heads, L, head_dim]."""
-        if isinstance(at, _Slices):
-            return self.heads[at.images, :, at.positions]
-        taken = self.rows.index_select(0, at.flatten())
-        return taken.view(*at.shape, *self.heads.shape[1::2]).transpose(1, 2)
-
-    def put(self, at: _At, x: Tensor) -> None:
-        """Write [N, heads, L, head_dim] there."""
-        if isinstance(at, _Slices):
-            self.heads[at.images, :, at.positions] = x
-        else:
-            self.rows.index_copy_(0, at.flatten(), _flat(x))
-
-    def add(self, at: _At, x: Tensor) -> None:
-        """Add [N, heads, L, head_dim] there."""
-        if isinstance(at, _Slices):
-            self.heads[at.images, :, at.positions] += x
-        else:
-            self.rows.index_add_(0, at.flatten(), _flat(x))
+def _rows(x: Tensor) -> Tensor:
+    """[B, H, W, heads, head_dim] -> [B * H * W, channels], a view where its strides allow."""
+    return x.reshape(-1, x.shape[3] * x.shape[4])
 
 
-def _flat(x: Tensor) -> Tensor:
-    """[N, heads, L, head_dim] -> [N * L, heads * head_dim]."""
-    return x.transpose(1, 2).reshape(-1, x.shape[1] * x.shape[3])
-
-
-def _maps(geometry: _Geometry, key: Tensor, value: Tensor, pad: Tensor | None) -> tuple[_Map, _Map]:
+def _key_rows(geometry: tiles.Geometry, x: Tensor, pad: Tensor | None) -> Tensor:
+    """Like `_rows`; on a padded map every image has the padded position's row behind its own."""
     if pad is None or not geometry.padded:
-        return _Map(key), _Map(value)
-    return _Map(key, pad[1]), _Map(value, pad[2])
+        return _rows(x)
+    flat = x.flatten(1, 2)
+    return torch.cat([flat, pad.expand(len(x), 1, -1, -1)], 1).flatten(2).flatten(0, 1)
 
 
-def _masks(geometry: _Geometry, bias: Tensor | None, like: Tensor) -> list[Tensor]:
-    """Additive mask of each kind of tiles, [heads or 1, Lq, Lk]: bias, or minus infinity."""
+def _masks(geometry: tiles.Geometry, bias: Tensor | None, like: Tensor) -> Tensor:
+    """Additive masks [heads or 1, kinds, Lq, Lk]: the bias, minus infinity outside windows."""
     if bias is None:
         bias = like.new_zeros(1, 1, geometry.entries)
     table = F.pad(bias.flatten(1), (0, 1), value=float("-inf"))
-    shapes = [(kind.query.shape[1], kind.key.shape[1]) for kind in geometry.kinds]
-    parts = table.index_select(1, geometry.entry).split([q * k for q, k in shapes], 1)
-    return [part.unflatten(1, shape) for part, shape in zip(parts, shapes, strict=True)]
+    return table.index_select(1, geometry.entry.flatten()).view(-1, *geometry.entry.shape)
 
 
 def _parts(
-    kind: _Kind, batch: int, positions: int, keys: int, weight: int
-) -> Iterator[tuple[_At, _At, Tensor | None]]:
-    """Tiles of a kind in parts that stay in cache: where queries and keys stand, and what is real.
+    geometry: tiles.Geometry, batch: int, positions: int, keys: int, weight: int
+) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor | None]]:
+    """Tiles in parts that stay in cache.
 
-    ``positions`` and ``keys`` are an image's rows in the two maps; ``weight`` is the number of
-    elements that a tile puts into memory.
+    Args:
+        geometry: the tiles of one image.
+        batch: number of images.
+        positions: rows that an image has among the queries.
+        keys: rows that it has among the keys.
+        weight: elements that a tile takes in memory.
+
+    Yields:
+        Rows of the queries [N, Lq] and of the keys [N, Lk], kinds [N], and ``real`` [N, Lq].
     """
-    if kind.runs is not None:
-        step = max(1, _CHUNK // weight)
-        for image in range(0, batch, step):
-            images = slice(image, image + step)
-            for query, key in kind.runs:
-                yield _Slices(images, query), _Slices(images, key), None
-        return
-    tiles = kind.key.shape[0]
-    images = max(1, _CHUNK // (tiles * weight))
-    step = max(1, _CHUNK // weight) if images == 1 else tiles
-    for image in range(0, batch, images):
-        index = torch.arange(image, min(batch, image + images), device=kind.query.device)
-        for tile in range(0, tiles, step):
+    count = len(geometry.kind)
+    images = min(batch, max(1, _CHUNK // (count * weight)))
+    step = max(1, _CHUNK // weight) if images == 1 else count
+    for first in range(0, batch, images):
+        image = torch.arange(first, min(batch, first + images), device=geometry.kind.device)
+        for tile in range(0, count, step):
             part = slice(tile, tile + step)
-            query = (kind.query[part] + index[:, None, None] * positions).flatten(0, 1)
-            key = (kind.key[part] + index[:, None, None] * keys).flatten(0, 1)
-            yield query, key, None if kind.real is None else kind.real[part].repeat(len(index), 1)
+            query = (geometry.query[part] + image[:, None, None] * positions).flatten(0, 1)
+            key = (geometry.key[part] + image[:, None, None] * keys).flatten(0, 1)
+            real = geometry.real
+            yield (
+                query,
+                key,
+                geometry.kind[part].repeat(len(image)),
+                None if real is None else real[part].repeat(len(image), 1),
+            )
+
+
+def _take(rows: Tensor, index: Tensor, heads: int) -> Tensor:
+    """Rows at [N, L] -> [N, L, heads, head_dim]."""
+    return rows.index_select(0, index.flatten()).view(*index.shape, heads, -1)
 
 
 def _forward(
-    geometry: _Geometry,
+    geometry: tiles.Geometry,
     scale: float,
     query: Tensor,
     key: Tensor,
@@ -338,18 +121,86 @@ def _forward(
     bias: Tensor | None,
     pad: Tensor | None,
 ) -> Tensor:
-    queries, (keys, values) = _Map(query), _maps(geometry, key, value, pad)
     out = torch.empty_like(query, memory_format=torch.contiguous_format)
-    outs = _Map(out)
     masks = _masks(geometry, bias, query)
-    for kind, mask in zip(geometry.kinds, masks, strict=True):
-        weight = kind.key.shape[1] * keys.rows.shape[1]
-        for at, near, _ in _parts(kind, len(query), queries.positions, keys.positions, weight):
-            attended = F.scaled_dot_product_attention(
-                queries.take(at), keys.take(near), values.take(near), mask[None], scale=scale
-            )
-            outs.put(at, attended)
+    if geometry.strips is not None:
+        _attend_strips(geometry.strips, scale, query, key, value, masks, out)
+        return out
+    batch, heads = query.shape[0], query.shape[3]
+    pad_key, pad_value = (None, None) if pad is None else pad[1:]
+    queries, keys = _rows(query), _key_rows(geometry, key, pad_key)
+    values, outs = _key_rows(geometry, value, pad_value), _rows(out)
+    attend = _attend if torch.finfo(query.dtype).bits >= 32 else _attend_fused
+    size = (len(queries) // batch, len(keys) // batch)
+    for at, near, kind, _ in _parts(geometry, batch, *size, geometry.key.shape[1] * keys.shape[1]):
+        q, k, v = (
+            _take(rows, index, heads)
+            for rows, index in ((queries, at), (keys, near), (values, near))
+        )
+        attended = attend(q, k, v, masks, kind, scale)
+        outs.index_copy_(0, at.flatten(), attended.flatten(2).flatten(0, 1))
     return out
+
+
+def _attend_strips(
+    strips: tuple[tuple[slice, slice, int], ...],
+    scale: float,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    masks: Tensor,
+    out: Tensor,
+) -> None:
+    """Attend where tiles are slices of the map, and write to ``out``."""
+    q, k, v, o = (x.flatten(1, 2).transpose(1, 2) for x in (query, key, value, out))
+    for at, near, kind in strips:
+        o[:, :, at] = F.scaled_dot_product_attention(
+            q[:, :, at], k[:, :, near], v[:, :, near], masks[None, :, kind], scale=scale
+        )
+
+
+def _attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    masks: Tensor,
+    kind: Tensor,
+    scale: float,
+) -> Tensor:
+    """Attend in every tile, [N, L, heads, head_dim]: a head at a time, without copies."""
+    out = torch.empty_like(query)
+    for head in range(query.shape[2]):
+        weights = _weights(query, key, masks, kind, scale, head)
+        out[:, :, head] = torch.bmm(weights, value[:, :, head])
+    return out
+
+
+def _weights(
+    query: Tensor,
+    key: Tensor,
+    masks: Tensor,
+    kind: Tensor,
+    scale: float,
+    head: int,
+) -> Tensor:
+    """Attention weights of one head, [N, Lq, Lk]."""
+    weights = masks[head % len(masks)].index_select(0, kind)
+    weights.baddbmm_(query[:, :, head], key[:, :, head].transpose(1, 2), alpha=scale)
+    return torch.softmax(weights, -1, out=weights)
+
+
+def _attend_fused(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    masks: Tensor,
+    kind: Tensor,
+    scale: float,
+) -> Tensor:
+    """The same in half precision, where scores must not be rounded to it."""
+    mask = masks.index_select(1, kind).transpose(0, 1)
+    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+    return F.scaled_dot_product_attention(q, k, v, mask, scale=scale).transpose(1, 2)
 
 
 class _Attention(torch.autograd.Function):
@@ -358,7 +209,7 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        geometry: _Geometry,
+        geometry: tiles.Geometry,
         scale: float,
         query: Tensor,
         key: Tensor,
@@ -380,7 +231,7 @@ class _Attention(torch.autograd.Function):
 
 
 def _backward(
-    geometry: _Geometry,
+    geometry: tiles.Geometry,
     scale: float,
     grad: Tensor,
     query: Tensor,
@@ -390,61 +241,51 @@ def _backward(
     pad: Tensor | None,
 ) -> tuple[Tensor | None, ...]:
     """Gradients of query, key, value, bias and pad; half precision accumulates in float32."""
-    heads = query.shape[3]
+    batch, heads = query.shape[0], query.shape[3]
     exact = torch.promote_types(query.dtype, torch.float32)
-    queries, (keys, values), grads = _Map(query), _maps(geometry, key, value, pad), _Map(grad)
-
-    def zeros(like: _Map) -> _Map:
-        shape = (len(query), like.positions, 1, *query.shape[3:])
-        return _Map(torch.zeros(shape, dtype=exact, device=query.device))
-
-    grad_queries, grad_keys, grad_values = zeros(queries), zeros(keys), zeros(values)
-    grad_table = torch.zeros(heads, geometry.entries + 1, dtype=exact, device=query.device)
-    masks = _masks(geometry, bias, query)
-    for kind, mask in zip(geometry.kinds, masks, strict=True):
-        weight = mask[0].numel() * heads
-        for at, near, real in _parts(kind, len(query), queries.positions, keys.positions, weight):
-            q, k, v, g = (
-                source.take(where).to(exact).flatten(0, 1)
-                for source, where in ((queries, at), (keys, near), (values, near), (grads, at))
-            )
-            q = q * scale
-            if real is not None:
-                g = g * real.repeat_interleave(heads, 0)[..., None]
-            scores = torch.bmm(q, k.transpose(1, 2))
-            by_head = (-1, heads, *scores.shape[1:])
-            scores.view(by_head).add_(mask)
-            weights = scores.softmax(-1)
-            grad_weights = torch.bmm(g, v.transpose(1, 2))
-            grad_scores = torch._softmax_backward_data(grad_weights, weights, -1, exact)
-            grad_q = torch.bmm(grad_scores, k).mul_(scale)
-            grad_k = torch.bmm(grad_scores.transpose(1, 2), q)
-            grad_v = torch.bmm(weights.transpose(1, 2), g)
-            # a repeated query adds the zero that its gradient was masked to
-            for total, where, part in (
-                (grad_queries, at, grad_q),
-                (grad_keys, near, grad_k),
-                (grad_values, near, grad_v),
-            ):
-                total.add(where, part.view(-1, heads, *part.shape[1:]))
-            if bias is not None:
-                summed = grad_scores.view(by_head).sum(0).flatten(1)
-                grad_table.index_add_(1, kind.entry.flatten(), summed)
-    grad_pad = None
+    pad_key, pad_value = (None, None) if pad is None else pad[1:]
+    queries, grads = _rows(query), _rows(grad)
+    keys, values = _key_rows(geometry, key, pad_key), _key_rows(geometry, value, pad_value)
+    sums = [torch.zeros_like(x, dtype=exact) for x in (queries, keys, values)]
+    masks = _masks(geometry, bias, query).to(exact)
+    mask_sums = torch.zeros_like(masks) if bias is not None else None
+    size = (len(queries) // batch, len(keys) // batch)
+    for at, near, kind, real in _parts(
+        geometry, batch, *size, geometry.key.shape[1] * keys.shape[1]
+    ):
+        q, k, v, g = (
+            _take(rows, index, heads).to(exact)
+            for rows, index in ((queries, at), (keys, near), (values, near), (grads, at))
+        )
+        if real is not None:
+            g = g * real[..., None, None]  # a repeated query counts once
+        parts = [torch.empty_like(x) for x in (q, k, v)]
+        for head in range(heads):
+            hq, hk, hv, hg = (x[:, :, head] for x in (q, k, v, g))
+            weights = _weights(q, k, masks, kind, scale, head)
+            parts[2][:, :, head] = torch.bmm(weights.transpose(1, 2), hg)
+            scores = torch.bmm(hg, hv.transpose(1, 2))
+            scores = torch._softmax_backward_data(scores, weights, -1, exact)
+            parts[0][:, :, head] = torch.bmm(scores, hk)
+            parts[1][:, :, head] = torch.bmm(scores.transpose(1, 2), hq)
+            if mask_sums is not None:
+                mask_sums[head].index_add_(0, kind, scores)
+        for total, part, index in zip(sums, parts, (at, near, near), strict=True):
+            total.index_add_(0, index.flatten(), part.flatten(2).flatten(0, 1))
+    sums[0] *= scale
+    sums[1] *= scale
+    grad_bias = grad_pad = None
+    if bias is not None and mask_sums is not None:
+        table = masks.new_zeros(heads, geometry.entries + 1)
+        table.index_add_(1, geometry.entry.flatten(), mask_sums.flatten(1))
+        grad_bias = table[:, :-1].reshape(bias.shape).to(bias.dtype)
     if pad is not None:
         grad_pad = torch.zeros_like(pad)
         if geometry.padded:
-            for i, x in enumerate((grad_keys, grad_values)):
-                grad_pad[i + 1] = x.heads[:, :, -1].sum(0)
-    size = queries.positions
-    return (
-        *(
-            x.heads[:, :, :size].transpose(1, 2).reshape(query.shape).to(query.dtype)
-            for x in (grad_queries, grad_keys, grad_values)
-        ),
-        None if bias is None else grad_table[:, :-1].reshape(bias.shape).to(bias.dtype),
-        grad_pad,
-    )
+            for i in (1, 2):
+                grad_pad[i] = sums[i].view(batch, -1, *pad.shape[1:])[:, -1].sum(0)
+    maps = (x.view(batch, -1, x.shape[1])[:, : size[0]].reshape(query.shape) for x in sums)
+    return *(x.to(query.dtype) for x in maps), grad_bias, grad_pad
 
 
 # The traced computation: the same tiles, all in one call, nothing cached or read.
@@ -453,15 +294,15 @@ def _backward(
 def _traced(call: Call) -> Tensor:
     batch, height, width, heads, head_dim = call.query.shape
     padded = call.padded_size
-    axes = []
-    for length, full, k, d, tile in zip(
-        (height, width), padded, call.kernel_size, call.dilation, _TRACED_TILE, strict=True
-    ):
-        axes.append(_axis(length, full, k, d, tile, call.query.device))
-    (query_h, _, key_h, entry_h, slot_h), (query_w, _, key_w, entry_w, slot_w) = axes
-    at = _join(query_h, query_w, width).flatten(2).flatten(0, 1)
-    near = _join_keys(key_h, key_w, height, width).flatten(2).flatten(0, 1)
-    entry = _join_entries(entry_h, entry_w, call.kernel_size).flatten(0, 1)
+    rows, columns = (
+        tiles.axis(*args, call.query.device)
+        for args in zip(
+            (height, width), padded, call.kernel_size, call.dilation, _TRACED_TILE, strict=True
+        )
+    )
+    at = tiles.join(rows.query, columns.query, width).flatten(2).flatten(0, 1)
+    near = tiles.join_keys(rows.key, columns.key, height, width).flatten(2).flatten(0, 1)
+    entry = tiles.join_entries(rows.entry, columns.entry, call.kernel_size).flatten(0, 1)
 
     key, value = (x.flatten(3).flatten(1, 2) for x in (call.key, call.value))
     if call.pad is not None and padded != (height, width):
@@ -477,17 +318,13 @@ def _traced(call: Call) -> Tensor:
         bias = call.query.new_zeros(1, 2 * call.kernel_size[0] - 1, 2 * call.kernel_size[1] - 1)
     table = F.pad(bias.flatten(1), (0, 1), value=float("-inf"))
     mask = table[:, entry].transpose(0, 1)  # [tiles, heads or 1, Lq, Lk]
+    query = take(call.query.flatten(3).flatten(1, 2), at)
     out = F.scaled_dot_product_attention(
-        take(call.query.flatten(3).flatten(1, 2), at),
-        take(key, near),
-        take(value, near),
-        attn_mask=mask,
-        scale=call.scale,
+        query, take(key, near), take(value, near), attn_mask=mask, scale=call.scale
     )
     # tiles are [rows of tiles, columns of tiles], queries in them [rows, columns]
-    (th, tw), columns = _TRACED_TILE, query_w.shape[0]
-    row_tile, row = slot_h[:, None] // th, slot_h[:, None] % th
-    column_tile, column = slot_w[None] // tw, slot_w[None] % tw
-    slot = ((row_tile * columns + column_tile) * th + row) * tw + column
+    (th, tw), across = _TRACED_TILE, columns.query.shape[0]
+    tile = (rows.slot // th)[:, None] * across + (columns.slot // tw)[None]
+    slot = (tile * th + (rows.slot % th)[:, None]) * tw + (columns.slot % tw)[None]
     out = out.transpose(2, 3).reshape(batch, -1, heads * head_dim)
     return out.index_select(1, slot.flatten()).view(batch, height, width, heads, head_dim)

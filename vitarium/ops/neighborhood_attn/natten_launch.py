@@ -37,8 +37,10 @@ def run(call: Call) -> Tensor:
     """Hand the call to ``natten.na2d`` with its default backend."""
     from natten.functional import na2d
 
-    tensors = (call.query, call.key, call.value)
+    query, key, value = call.query, call.key, call.value
     if not torch.is_grad_enabled():
         # natten refuses tensors that require a gradient even where none is recorded
-        tensors = tuple(x.detach() for x in tensors)
-    return na2d(*tensors, kernel_size=call.kernel_size, dilation=call.dilation, scale=call.scale)
+        query, key, value = query.detach(), key.detach(), value.detach()
+    return na2d(
+        query, key, value, kernel_size=call.kernel_size, dilation=call.dilation, scale=call.scale
+    )

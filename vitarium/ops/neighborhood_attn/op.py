@@ -82,19 +82,19 @@ def _prepare(
     if kernel[0] % 2 == 0 or kernel[1] % 2 == 0:
         raise ValueError(f"kernel_size: expected odd sizes, got {kernel_size!r}")
     dilation = _pair("dilation", dilation)
-    for name, tensor, shape in (
+    for name, extra, shape in (
         ("bias", bias, (heads, 2 * kernel[0] - 1, 2 * kernel[1] - 1)),
         ("pad", pad, (3, heads, head_dim)),
     ):
-        if tensor is None:
+        if extra is None:
             continue
-        if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
-            got = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
+        if not isinstance(extra, Tensor) or not extra.is_floating_point():
+            got = extra.dtype if isinstance(extra, Tensor) else type(extra).__name__
             raise ValueError(f"{name}: expected a floating-point tensor, got {got}")
-        if tuple(tensor.shape) != shape:
-            raise ValueError(f"{name}: expected shape {shape}, got {tuple(tensor.shape)}")
-        if tensor.device != query.device:
-            raise ValueError(f"{name}: expected device {query.device}, got {tensor.device}")
+        if tuple(extra.shape) != shape:
+            raise ValueError(f"{name}: expected shape {shape}, got {tuple(extra.shape)}")
+        if extra.device != query.device:
+            raise ValueError(f"{name}: expected device {query.device}, got {extra.device}")
     if pad is None:
         for axis, size, k, d in zip("HW", (height, width), kernel, dilation, strict=True):
             if k * d > size:
@@ -191,4 +191,4 @@ def neighborhood_attention(
     return _op(call, impl)
 
 
-neighborhood_attention.op_name = "neighborhood"  # type: ignore[attr-defined]
+neighborhood_attention.op_name = "neighborhood"
