@@ -49,24 +49,18 @@ def test_models_run_without_optional_packages_and_network():
     assert chosen == "aten"
 
 
-def test_importing_vitarium_registers_every_backbone():
-    out = run("""
+def test_importing_registers_every_backbone_quietly_and_loads_no_more_than_it_needs():
+    names, modules = run("""
+        import warnings
         import timm
         before = set(timm.list_models())
+        warnings.simplefilter("error")
         import vitarium
         from vitarium.backbones._registry import entries
         assert set(timm.list_models()) - before == set(entries())
         print(*entries())
-    """)
-    assert {"nat_atto", "nat_mini", "nat_tiny", "nat_small", "nat_base"} <= {*out.split()}
-
-
-def test_importing_vitarium_is_quiet_and_loads_no_more_than_it_needs():
-    out = run("""
-        import warnings
-        warnings.simplefilter("error")
-        import vitarium
         print(*sys.modules)
-    """)
-    assert "vitarium.backbones" in out.split()
-    assert not [name for name in out.split() if name.startswith(HEAVY)]
+    """).splitlines()
+    assert {"nat_atto", "nat_mini", "nat_tiny", "nat_small", "nat_base"} <= {*names.split()}
+    assert "vitarium.backbones" in modules.split()
+    assert not [name for name in modules.split() if name.startswith(HEAVY)]

@@ -104,6 +104,13 @@ def test_checkpoint_of_the_classifier_for_fewer_maps():
     assert not any(key.startswith("levels.1.blocks") for key in ignored)
 
 
+@pytest.mark.parametrize("kwargs", [{}, {"task": "det"}])
+def test_it_says_what_images_it_expects(kwargs):
+    config = timm.data.resolve_model_data_config(FeatureBackbone("nat_atto", **kwargs))
+    assert config["mean"] == config["std"] == (0.5, 0.5, 0.5)
+    assert config["input_size"] == (3, 64, 64)
+
+
 def test_model_arguments_reach_the_model():
     backbone = FeatureBackbone("nat_atto", task="seg", in_chans=1, dtype=torch.float64)
     assert {p.dtype for p in backbone.parameters()} == {torch.float64}

@@ -108,26 +108,24 @@ def build(
     )
     features = bool(kwargs.get("features_only", False))
     cache_dir = kwargs.get("cache_dir")
+    source = {name: value for name, value in vars(cfg).items() if value is not None}
+    source["state_dict"] = _checkpoint(variant, cfg, weights, cache_dir)
+    if cfg.source != "local-dir":  # there it is the folder; else it is read by now, or not wanted
+        source.pop("file", None)
+
+    def convert(state_dict: dict[str, Any], model: Any) -> dict[str, Tensor]:
+        converted = filter_fn(unwrap(state_dict), model)
+        adapted = _adapted(converted, model, source, features)
+        kept = {name: tensor for name, tensor in converted.items() if name not in adapted}
+        report = compare(kept, model)
+        missing = tuple(name for name in report.missing if name not in adapted)
+        replace(report, missing=missing).require_whole(f"{variant}: the checkpoint does not fit")
+        if f"{cfg.classifier}.weight" not in adapted:  # it fits, so timm shall keep it
+            source["num_classes"] = model.num_classes
+        return converted
 
     def create(**model_kwargs: Any) -> _Model:
         model: Any = model_cls(**model_kwargs)
-        source = {name: value for name, value in vars(cfg).items() if value is not None}
-        source["state_dict"] = _checkpoint(variant, cfg, weights, cache_dir)
-        if cfg.source != "local-dir":  # there it is the folder; else it is read, or not wanted
-            source.pop("file", None)
-
-        def convert(state_dict: dict[str, Any], model: Any) -> dict[str, Tensor]:
-            converted = filter_fn(unwrap(state_dict), model)
-            adapted = _adapted(converted, model, source, features)
-            kept = {name: tensor for name, tensor in converted.items() if name not in adapted}
-            report = compare(kept, model)
-            missing = tuple(name for name in report.missing if name not in adapted)
-            what = f"{variant}: the checkpoint does not fit"
-            replace(report, missing=missing).require_whole(what)
-            if f"{cfg.classifier}.weight" not in adapted:  # it fits, so timm shall keep it
-                source["num_classes"] = model.num_classes
-            return converted
-
         load_pretrained(
             model,
             pretrained_cfg=source,
@@ -187,12 +185,12 @@ def _adapted(
         return theirs is not None and ours is not None and theirs.shape == ours.shape
 
     head = {f"{cfg['classifier']}.{leaf}" for leaf in ("weight", "bias")}
-    stem = f"{cfg['first_conv']}.weight"
     names: set[str] = set()
     if features or (model.num_classes != cfg["num_classes"] and not all(map(fits, head))):
         names |= head
-    if model.in_chans != cfg["input_size"][0] and stem in state_dict:
-        theirs, ours = state_dict[stem].shape, expected[stem].shape
-        if theirs[:1] == ours[:1] and theirs[2:] == ours[2:]:
+    stem, channels = f"{cfg['first_conv']}.weight", cfg["input_size"][0]
+    if model.in_chans != channels and stem in state_dict:
+        ours = expected[stem].shape
+        if state_dict[stem].shape == (ours[0], channels, *ours[2:]):
             names.add(stem)
     return names

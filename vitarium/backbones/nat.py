@@ -27,7 +27,6 @@ from itertools import islice
 from typing import Any
 
 import torch
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import (
     DropPath,
     Mlp,
@@ -115,11 +114,13 @@ class Block(nn.Module):
 
 
 @register_notrace_function  # which passes over names with an underscore
-def checked_image(image: Tensor) -> Tensor:
+def checked_image(image: Tensor, channels: int) -> Tensor:
     """The image, if its shape is one that the stem takes."""
-    if image.ndim != 4 or image.shape[-2] < _MIN_SIZE or image.shape[-1] < _MIN_SIZE:
+    shape = image.shape
+    if len(shape) != 4 or shape[1] != channels or shape[2] < _MIN_SIZE or shape[3] < _MIN_SIZE:
         raise ValueError(
-            f"image: expected [B, C, H, W] with H, W >= {_MIN_SIZE}, got shape {tuple(image.shape)}"
+            f"image: expected [B, {channels}, H, W] with H, W >= {_MIN_SIZE}, got shape "
+            f"{tuple(shape)}"
         )
     return image
 
@@ -129,6 +130,7 @@ class Stem(nn.Module):
 
     def __init__(self, in_chans: int, dim: int, **dd: Any) -> None:
         super().__init__()
+        self.in_chans = in_chans
         self.proj = nn.Sequential(
             nn.Conv2d(in_chans, dim // 2, 3, stride=2, padding=1, **dd),
             nn.Conv2d(dim // 2, dim, 3, stride=2, padding=1, **dd),
@@ -137,7 +139,7 @@ class Stem(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, in_chans, H, W] -> [B, ceil(H / 4), ceil(W / 4), C]."""
-        return self.norm(self.proj(checked_image(x)).permute(0, 2, 3, 1))
+        return self.norm(self.proj(checked_image(x, self.in_chans)).permute(0, 2, 3, 1))
 
 
 class Downsample(nn.Module):
@@ -217,9 +219,7 @@ class NAT(nn.Module):
         super().__init__()
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         if attn_drop_rate:
-            raise ValueError(
-                f"attn_drop_rate: expected 0 (attention has no dropout), got {attn_drop_rate}"
-            )
+            raise ValueError(f"attn_drop_rate: expected 0 (no such dropout), got {attn_drop_rate}")
         kernel_sizes = to_ntuple(len(depths))(kernel_size)
         for name, values in (("num_heads", num_heads), ("kernel_size", kernel_sizes)):
             if len(values) != len(depths):
@@ -244,9 +244,8 @@ class NAT(nn.Module):
             ]
             last = i == len(depths) - 1
             self.levels.append(Level(blocks, nn.Identity() if last else Downsample(dim, **dd)))
-            self.feature_info.append(
-                {"num_chs": dim, "reduction": 4 * 2**i, "module": f"levels.{i}.blocks"}
-            )
+            info = {"num_chs": dim, "reduction": 4 * 2**i, "module": f"levels.{i}.blocks"}
+            self.feature_info.append(info)
         self.num_features = dim
         self.norm: nn.Module = nn.LayerNorm(dim, **dd)
         self.head_drop = nn.Dropout(drop_rate)
@@ -295,8 +294,7 @@ class NAT(nn.Module):
         self.head_hidden_size = self.num_features * self.global_pool.feat_mult()
         self.head: nn.Module = nn.Identity()
         if num_classes > 0:
-            dd = get_device_dtype(self)
-            self.head = nn.Linear(self.head_hidden_size, num_classes, **dd)
+            self.head = nn.Linear(self.head_hidden_size, num_classes, **get_device_dtype(self))
             self._init_weights(self.head)
 
     def forward_intermediates(
@@ -339,10 +337,7 @@ class NAT(nn.Module):
         return (self.norm(x) if i == len(self.levels) - 1 else x), maps
 
     def prune_intermediate_layers(
-        self,
-        indices: int | list[int] = 1,
-        prune_norm: bool = False,
-        prune_head: bool = True,
+        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
         """Remove what the feature maps ``indices`` do not need.
 
@@ -447,14 +442,12 @@ _WEIGHTS = {
 
 
 def _cfg(name: str, **kwargs: Any) -> dict[str, Any]:
+    """The rest is timm's default, and the authors': 224 x 224, bicubic, ImageNet's mean and std."""
     return {
         "url": _WEIGHTS[name].url,
         "file": packaged(_WEIGHTS[name]),
         "license": _WEIGHTS[name].licence,
-        "input_size": (3, 224, 224),
         "pool_size": (7, 7),
-        "mean": IMAGENET_DEFAULT_MEAN,
-        "std": IMAGENET_DEFAULT_STD,
         "first_conv": "patch_embed.proj.0",
         "classifier": "head",
         "paper_ids": "arXiv:2204.07143",

@@ -39,6 +39,7 @@ class FeatureBackbone(nn.Module):
         channels: of each map.
         strides: of each map, in pixels; sizes are rounded up in vitarium's models.
         out_indices: of each map, none negative.
+        pretrained_cfg: timm's description of the model's weights and of the images it expects.
 
     Raises:
         ValueError: an unknown name, indices out of range or order, an unknown task, or one for
@@ -64,21 +65,24 @@ class FeatureBackbone(nn.Module):
         if task is not None and adapter is None:
             raise ValueError(f"task: expected None, {name} has no form of its own, got {task!r}")
         self._ignored: dict[str, str] = {}
+        model: Any
         if family is None:
-            self.model = _timm_features(name, out_indices, model_kwargs)
-            info = self.model.feature_info
+            self.model = model = _timm_features(name, out_indices, model_kwargs)
+            info = model.feature_info
             self.out_indices = _ascending(name, info.out_indices, len(info))
         else:
-            model: Any = timm.create_model(name, **model_kwargs)
-            info, classifier = model.feature_info, model.pretrained_cfg["classifier"]
+            model = timm.create_model(name, **model_kwargs)
+            info = model.feature_info
             self.out_indices = _ascending(name, out_indices, len(info))
-            whole = model.state_dict()
+            whole = {*model.state_dict(), f"{model.pretrained_cfg['classifier']}.*"}
             if adapter is not None and task is not None:
-                self.model = model = adapter(model, task, self.out_indices)
+                self.model = adapter(model, task, self.out_indices)
+                unused = whole - self.model.state_dict().keys()
             else:
                 self.model = FeatureGetterNet(model, self.out_indices)
-            unused = {*whole, f"{classifier}.*"} - model.state_dict().keys()
+                unused = whole - model.state_dict().keys()
             self._ignored = dict.fromkeys(sorted(unused), "no output depends on it")
+        self.pretrained_cfg: dict[str, Any] = model.pretrained_cfg
         self.channels = tuple(info[i]["num_chs"] for i in self.out_indices)
         self.strides = tuple(info[i]["reduction"] for i in self.out_indices)
         self._channels_last = _is_channels_last(name, self.model)
