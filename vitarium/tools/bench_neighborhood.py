@@ -166,7 +166,7 @@ class Neighborhood:
             return (row >= 0) & (row < kernel) & (column >= 0) & (column < kernel)
 
         mask = create_block_mask(near, None, None, size**2, size**2, device="cpu")
-        compiled = torch.compile(flex_attention, dynamic=False)  # dynamic sizes do not build on a CPU
+        compiled = torch.compile(flex_attention, dynamic=False)  # a CPU builds no dynamic sizes
 
         def attend(inputs: _Inputs) -> Tensor:
             score_mod = None

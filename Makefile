@@ -1,0 +1,53 @@
+# Every target makes .venv and installs what it needs, unless that is there and up to date.
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+STAMP := .venv/.installed
+
+.PHONY: demo test test-all lint bench gpu clean
+
+demo: $(STAMP)-demo
+	$(BIN)/vitarium demo
+
+test: $(STAMP)-dev
+	$(BIN)/python -m pytest -m "not slow"
+
+test-all: $(STAMP)-dev
+	$(BIN)/python -m pytest
+
+lint: $(STAMP)-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(STAMP)-dev
+	$(BIN)/vitarium bench ops
+	$(BIN)/vitarium bench models
+
+gpu: $(STAMP)-dev
+	$(BIN)/python -m pytest -m gpu
+
+clean:
+	rm -rf .venv outputs build dist *.egg-info
+
+.venv/bin/python:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed; name one with make PYTHON=...")'
+	$(PYTHON) -m venv .venv
+
+# torch and torchvision first: builds beside them must not fetch another torch
+$(STAMP): .venv/bin/python pyproject.toml constraints.txt
+	@echo "installing torch and vitarium into .venv (a few minutes)"
+	$(INSTALL) setuptools wheel
+	$(INSTALL) torch torchvision
+	$(INSTALL) -e .
+	@touch $@
+
+$(STAMP)-demo: $(STAMP)
+	$(INSTALL) -e ".[demo]"
+	@touch $@
+
+# natten: an oracle of the tests and a peer of the benchmarks; its build looks at torch
+$(STAMP)-dev: $(STAMP)
+	$(INSTALL) -e ".[dev]"
+	$(INSTALL) --no-build-isolation natten || echo "natten does not build here: its test is skipped"
+	@touch $@
