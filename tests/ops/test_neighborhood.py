@@ -12,6 +12,8 @@ from torch import Tensor
 
 from vitarium.ops import _select, explain, neighborhood_attention, use_impl
 
+pytestmark = pytest.mark.usefixtures("nan_memory")
+
 GOLDENS = sorted(Path(__file__).parents[1].glob("golden/ops/neighborhood2d_[0-9]*.json"))
 EXACT = ("reference", "aten")
 
