@@ -9,7 +9,7 @@ them again. Traced programs hold the same tiles in one part.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -74,36 +74,49 @@ def _masks(geometry: tiles.Geometry, bias: Tensor | None, like: Tensor) -> Tenso
     return table.index_select(1, geometry.entry.flatten()).view(-1, *geometry.entry.shape)
 
 
+class _Part(NamedTuple):
+    """Tiles that are worked on together, of one image or of all tiles of several."""
+
+    query: Tensor  # rows of the queries [N, Lq]
+    key: Tensor  # rows of the keys [N, Lk]
+    kind: Tensor  # [N]
+    real: Tensor | None  # [N, Lq]
+
+
 def _parts(
-    geometry: tiles.Geometry, batch: int, positions: int, keys: int, weight: int
-) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor | None]]:
-    """Tiles in parts that stay in cache.
+    geometry: tiles.Geometry, batch: int, positions: int, keys: int, channels: int
+) -> Iterator[_Part]:
+    """Cut the work into parts that stay in cache.
 
     Args:
         geometry: the tiles of one image.
         batch: number of images.
         positions: rows that an image has among the queries.
         keys: rows that it has among the keys.
-        weight: elements that a tile takes in memory.
-
-    Yields:
-        Rows of the queries [N, Lq] and of the keys [N, Lk], kinds [N], and ``real`` [N, Lq].
+        channels: of a row.
     """
-    count = len(geometry.kind)
-    images = min(batch, max(1, _CHUNK // (count * weight)))
-    step = max(1, _CHUNK // weight) if images == 1 else count
-    for first in range(0, batch, images):
-        image = torch.arange(first, min(batch, first + images), device=geometry.kind.device)
-        for tile in range(0, count, step):
-            part = slice(tile, tile + step)
-            query = (geometry.query[part] + image[:, None, None] * positions).flatten(0, 1)
-            key = (geometry.key[part] + image[:, None, None] * keys).flatten(0, 1)
+    count, weight = len(geometry.kind), geometry.key.shape[1] * channels
+    images = max(1, _CHUNK // (count * weight))
+    if images > 1:
+        for first in range(0, batch, images):
+            index = torch.arange(first, min(batch, first + images), device=geometry.kind.device)
             real = geometry.real
-            yield (
-                query,
-                key,
-                geometry.kind[part].repeat(len(image)),
-                None if real is None else real[part].repeat(len(image), 1),
+            yield _Part(
+                (geometry.query + index[:, None, None] * positions).flatten(0, 1),
+                (geometry.key + index[:, None, None] * keys).flatten(0, 1),
+                geometry.kind.repeat(len(index)),
+                None if real is None else real.repeat(len(index), 1),
+            )
+        return
+    step = max(1, _CHUNK // weight)
+    for image in range(batch):
+        for first in range(0, count, step):
+            part = slice(first, first + step)
+            yield _Part(
+                geometry.query[part] + image * positions,
+                geometry.key[part] + image * keys,
+                geometry.kind[part],
+                None if geometry.real is None else geometry.real[part],
             )
 
 
@@ -132,13 +145,13 @@ def _forward(
     values, outs = _key_rows(geometry, value, pad_value), _rows(out)
     attend = _attend if torch.finfo(query.dtype).bits >= 32 else _attend_fused
     size = (len(queries) // batch, len(keys) // batch)
-    for at, near, kind, _ in _parts(geometry, batch, *size, geometry.key.shape[1] * keys.shape[1]):
+    for part in _parts(geometry, batch, *size, keys.shape[1]):
         q, k, v = (
             _take(rows, index, heads)
-            for rows, index in ((queries, at), (keys, near), (values, near))
+            for rows, index in ((queries, part.query), (keys, part.key), (values, part.key))
         )
-        attended = attend(q, k, v, masks, kind, scale)
-        outs.index_copy_(0, at.flatten(), attended.flatten(2).flatten(0, 1))
+        attended = attend(q, k, v, masks, part.kind, scale)
+        outs.index_copy_(0, part.query.flatten(), attended.flatten(2).flatten(0, 1))
     return out
 
 
@@ -250,9 +263,7 @@ def _backward(
     masks = _masks(geometry, bias, query).to(exact)
     mask_sums = torch.zeros_like(masks) if bias is not None else None
     size = (len(queries) // batch, len(keys) // batch)
-    for at, near, kind, real in _parts(
-        geometry, batch, *size, geometry.key.shape[1] * keys.shape[1]
-    ):
+    for at, near, kind, real in _parts(geometry, batch, *size, keys.shape[1]):
         q, k, v, g = (
             _take(rows, index, heads).to(exact)
             for rows, index in ((queries, at), (keys, near), (values, near), (grads, at))
