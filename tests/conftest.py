@@ -11,6 +11,9 @@ import torch
 import vitarium  # noqa: F401  (registers the backbones)
 from vitarium.ops import _select
 
+# Threads that wait for each other spin: on a machine with other load two are slower than one.
+torch.set_num_threads(1)
+
 
 @pytest.fixture
 def nan_memory():

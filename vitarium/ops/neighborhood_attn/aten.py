@@ -321,21 +321,25 @@ def _traced(call: Call) -> Tensor:
         key, value = torch.cat([key, fill[1]], 1), torch.cat([value, fill[2]], 1)
 
     def take(x: Tensor, index: Tensor) -> Tensor:
-        taken = x.index_select(1, index.flatten()).view(batch, *index.shape, heads, head_dim)
-        return taken.transpose(2, 3)  # [B, tiles, heads, L, head_dim]
+        taken = x.index_select(1, index.flatten())
+        # images and tiles share an axis: of five-dimensional attention inductor makes nonsense
+        return taken.view(-1, index.shape[1], heads, head_dim).transpose(1, 2)
 
     bias = call.bias
     if bias is None:
         bias = call.query.new_zeros(1, 2 * call.kernel_size[0] - 1, 2 * call.kernel_size[1] - 1)
     table = F.pad(bias.flatten(1), (0, 1), value=float("-inf"))
     mask = table[:, entry].transpose(0, 1)  # [tiles, heads or 1, Lq, Lk]
-    query = take(call.query.flatten(3).flatten(1, 2), at)
     out = F.scaled_dot_product_attention(
-        query, take(key, near), take(value, near), attn_mask=mask, scale=call.scale
+        take(call.query.flatten(3).flatten(1, 2), at),
+        take(key, near),
+        take(value, near),
+        attn_mask=mask.expand(batch, -1, -1, -1, -1).flatten(0, 1),
+        scale=call.scale,
     )
     # tiles are [rows of tiles, columns of tiles], queries in them [rows, columns]
     (th, tw), across = _TRACED_TILE, columns.query.shape[0]
     tile = (rows.slot // th)[:, None] * across + (columns.slot // tw)[None]
     slot = (tile * th + (rows.slot % th)[:, None]) * tw + (columns.slot % tw)[None]
-    out = out.transpose(2, 3).reshape(batch, -1, heads * head_dim)
+    out = out.transpose(1, 2).reshape(batch, -1, heads * head_dim)
     return out.index_select(1, slot.flatten()).view(batch, height, width, heads, head_dim)
