@@ -69,7 +69,7 @@ def test_refusals(program, photo, checkpoint, tmp_path):
     assert refused(photo, "--model", "nat_atom").startswith("unknown model 'nat_atom'; did you")
     assert refused(photo, *atto, "--out", photo) == f"{photo}: File exists"
     assert refused(photo, *atto, "--size", "20", "--out", tmp_path).startswith(
-        "image: expected [B, C, H, W] with H, W >= 32, got shape (1, 3, 20, 30)"
+        "image: expected [B, 3, H, W] with H, W >= 32, got shape (1, 3, 20, 30)"
     )
     assert " does not fit FeatureBackbone: nothing was loaded. " in refused(
         photo, "--model", "nat_mini", "--checkpoint", checkpoint, "--out", tmp_path
