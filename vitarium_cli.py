@@ -120,7 +120,7 @@ def _parser() -> argparse.ArgumentParser:
     _predict_arguments(command("predict", "classify images"))
     _features_arguments(command("features", "picture a model's feature pyramid of an image"))
     command("doctor", "versions, devices, and which implementation each op would run and why")
-    _bench_arguments(command("bench", "time ops beside other ways to compute the same"))
+    _bench_arguments(command("bench", "time ops, models and start-up, beside their peers"))
     _demo_arguments(command("demo", "classify digits, picture two photographs' features"))
     _digits_arguments(command("digits", "train and test nat_atto on handwritten digits"))
     return parser
@@ -183,18 +183,23 @@ def _features_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _bench_arguments(parser: argparse.ArgumentParser) -> None:
-    kinds = parser.add_subparsers(dest="what", metavar="ops|models", required=True)
-    for what, names, threads in (("ops", "OP", 1), ("models", "MODEL", 2)):
+    kinds = parser.add_subparsers(dest="what", metavar="ops|models|startup", required=True)
+    for what, names, threads, rounds in (
+        ("ops", "OP", 1, 25),
+        ("models", "MODEL", 2, 25),
+        ("startup", None, 1, 5),
+    ):
         kind = kinds.add_parser(what, allow_abbrev=False)
-        kind.add_argument("names", nargs="*", metavar=names, help="(default: all)")
-        kind.add_argument(
-            "--threads", type=_positive, default=threads, metavar="N", help=f"(default: {threads})"
-        )
-        kind.add_argument("--device", default="cpu", help="(default: cpu)")
         kind.add_argument("--csv", metavar="FILE", help="write the rows to FILE too")
         kind.add_argument(
-            "--rounds", type=_positive, default=25, metavar="N", help="of each (default: 25)"
+            "--rounds", type=_positive, default=rounds, metavar="N", help=f"(default: {rounds})"
         )
+        kind.set_defaults(names=[], threads=threads, device="cpu", quick=False)
+        if names is None:
+            continue
+        kind.add_argument("names", nargs="*", metavar=names, help="(default: all)")
+        kind.add_argument("--threads", type=_positive, metavar="N", help=f"(default: {threads})")
+        kind.add_argument("--device", help="(default: cpu)")
         kind.add_argument("--quick", action="store_true", help="small cases: a look, not a result")
 
 

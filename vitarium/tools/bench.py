@@ -42,6 +42,10 @@ def run(args: Namespace) -> int:
             from vitarium.tools import bench_ops
 
             rows = bench_ops.measure(console, args.names, args.rounds, args.quick)
+        elif args.what == "startup":
+            from vitarium.tools import bench_startup
+
+            rows = bench_startup.measure(console, args.rounds)
         else:
             from vitarium.tools import bench_models
 

@@ -1,0 +1,89 @@
+"""The benchmarks run, say what they compared, and refuse what they cannot do."""
+
+import csv
+
+import pytest
+import torch
+
+from vitarium.tools import bench
+
+
+def rows_of(path):
+    head, *lines = path.read_text().splitlines()
+    assert head.startswith("# ")
+    assert torch.__version__ in head
+    return list(csv.DictReader(lines))
+
+
+def test_ops(program, tmp_path):
+    file = tmp_path / "ops.csv"
+    status, out, _ = program("bench", "ops", "--quick", "--rounds", "1", "--csv", file)
+    assert status == 0
+    assert out.count("best peer / ours") == 1
+    rows = rows_of(file)
+    assert len({row["pass"] for row in rows}) == 4
+    for row in rows:
+        assert row["note"] or float(row["ms"]) > 0
+        assert row["note"] or float(row["max_error"]) < 1e-4
+        assert row["note"] or float(row["peak_mib"]) > 0
+    ran = {row["implementation"] for row in rows if not row["note"]}
+    assert {"vitarium", "dense SDPA, float mask", "gather + einsum"} <= ran
+
+
+def test_models(program, tmp_path):
+    file = tmp_path / "models.csv"
+    argv = ("bench", "models", "nat_atto", "resnet18", "--quick", "--rounds", "1", "--csv", file)
+    status, out, _ = program(*argv)
+    assert status == 0
+    assert "images/s per GFLOP" in out
+    atto, resnet = rows_of(file)
+    assert resnet["model"] == "resnet18"
+    assert float(resnet["gmacs"]) == pytest.approx(1.82, rel=0.01)
+    assert float(atto["param_count"]) == pytest.approx(1.41, abs=0.01)
+
+
+def test_startup(program):
+    status, out, _ = program("bench", "startup", "--rounds", "1")
+    assert status == 0
+    assert "import vitarium over import timm" in out
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (("ops", "neighbourhood"), "bench ops: expected ops among neighborhood"),
+        (("models", "nat_tinny"), "unknown model 'nat_tinny'"),
+        (("ops", "--device", "cuda"), "--device: this benchmark runs on the cpu"),
+        (("ops", "--csv", "no/such/folder/x.csv"), "--csv: no folder no/such/folder"),
+    ],
+)
+def test_refusals(program, argv, message):
+    status, _, err = program("bench", *argv)
+    assert status == 1
+    assert err.startswith(f"vitarium: error: {message}")
+    assert err.count("\n") == 1
+
+
+def test_turns():
+    calls = []
+
+    def fast():
+        calls.append("fast")
+
+    def slow():
+        calls.append("slow")
+        sum(range(2_000_000))
+
+    times = bench.interleaved({"fast": fast, "slow": slow}, rounds=3, seconds=1)
+    assert 0 <= times["fast"] < times["slow"]
+    assert calls.index("slow") < len(calls) - 1 - calls[::-1].index("fast")
+
+
+def test_peak_memory():
+    def function():
+        a = torch.zeros(1 << 18)  # 1 MiB
+        b = a + 1
+        del a
+        return b + 1
+
+    assert bench.peak_memory(function) == pytest.approx(2, abs=0.1)
