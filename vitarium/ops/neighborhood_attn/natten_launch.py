@@ -14,12 +14,12 @@ if TYPE_CHECKING:
 
 def unsupported(call: Call) -> str | None:
     """Why natten cannot run this call, or None."""
-    if find_spec("natten") is None:
-        return "the package natten is not installed (pip install natten --no-build-isolation)"
     if call.bias is not None:
         return "natten takes no position bias since 0.20"
     if call.padded_size != tuple(call.query.shape[1:3]):
         return "natten attends on no padded map"
+    if find_spec("natten") is None:
+        return "the package natten is not installed (pip install natten --no-build-isolation)"
     if call.query.device.type == "cpu":
         head_dim = call.query.shape[-1]
         if call.query.dtype not in (torch.float32, torch.bfloat16, torch.float16):
