@@ -40,6 +40,20 @@ def test_exported_model_computes_the_same(name, size):
 
 @pytest.mark.parametrize("name", ATTOS)
 @torch.no_grad()
+def test_one_program_for_all_batches_and_sizes(name):
+    """As long as the maps hold a window: where they are padded to one is another program."""
+    torch.manual_seed(0)
+    model, x = timm.create_model(name).eval(), torch.randn(2, 3, 128, 160)
+    sides = {2: torch.export.Dim("H", min=65), 3: torch.export.Dim("W", min=65)}
+    dynamic = ({0: torch.export.Dim("B"), **sides},)
+    program = torch.export.export(model, (x,), dynamic_shapes=dynamic).module()
+    for shape in ((1, 3, 65, 65), (3, 3, 97, 210)):
+        x = torch.randn(shape)
+        assert_close(program(x), model(x))
+
+
+@pytest.mark.parametrize("name", ATTOS)
+@torch.no_grad()
 def test_saved_program_runs_without_vitarium(name, tmp_path):
     torch.manual_seed(0)
     model, x = timm.create_model(name).eval(), torch.randn(1, 3, 48, 64)

@@ -305,25 +305,28 @@ def _backward(
 def _traced(call: Call) -> Tensor:
     batch, height, width, heads, head_dim = call.query.shape
     padded = call.padded_size
-    rows, columns = (
-        tiles.axis(*args, call.query.device)
-        for args in zip(
-            (height, width), padded, call.kernel_size, call.dilation, _TRACED_TILE, strict=True
-        )
-    )
-    at = tiles.join(rows.query, columns.query, width).flatten(2).flatten(0, 1)
-    near = tiles.join_keys(rows.key, columns.key, height, width).flatten(2).flatten(0, 1)
-    entry = tiles.join_entries(rows.entry, columns.entry, call.kernel_size).flatten(0, 1)
+    size, (th, tw) = (height, width), _TRACED_TILE
+    axes = []
+    for length, full, k, d, tile in zip(
+        size, padded, call.kernel_size, call.dilation, _TRACED_TILE, strict=True
+    ):
+        # at least two: torch makes programs of their own for sizes of one
+        number: Any = torch.sym_max(tiles.count(length, d, tile), 2)
+        axes.append(tiles.axis(length, full, k, d, tile, number, tile + k - 1, call.query.device))
+    rows, columns = axes
+    at = tiles.positions(rows.query, columns.query, size)
+    near = tiles.positions(rows.key, columns.key, size)
+    entry = tiles.entries(rows.entry, columns.entry, call.kernel_size)
 
     key, value = (x.flatten(3).flatten(1, 2) for x in (call.key, call.value))
-    if call.pad is not None and padded != (height, width):
+    if call.pad is not None and padded != size:
         fill = call.pad.flatten(1)[:, None, None].expand(-1, batch, -1, -1)
         key, value = torch.cat([key, fill[1]], 1), torch.cat([value, fill[2]], 1)
 
     def take(x: Tensor, index: Tensor) -> Tensor:
-        taken = x.index_select(1, index.flatten())
         # images and tiles share an axis: of five-dimensional attention inductor makes nonsense
-        return taken.view(-1, index.shape[1], heads, head_dim).transpose(1, 2)
+        taken = x[:, index].flatten(0, 1)
+        return taken.unflatten(2, (heads, head_dim)).transpose(1, 2)
 
     bias = call.bias
     if bias is None:
@@ -334,12 +337,11 @@ def _traced(call: Call) -> Tensor:
         take(call.query.flatten(3).flatten(1, 2), at),
         take(key, near),
         take(value, near),
-        attn_mask=mask.expand(batch, -1, -1, -1, -1).flatten(0, 1),
+        attn_mask=mask.repeat(batch, 1, 1, 1),
         scale=call.scale,
     )
     # tiles are [rows of tiles, columns of tiles], queries in them [rows, columns]
-    (th, tw), across = _TRACED_TILE, columns.query.shape[0]
-    tile = (rows.slot // th)[:, None] * across + (columns.slot // tw)[None]
-    slot = (tile * th + (rows.slot % th)[:, None]) * tw + (columns.slot % tw)[None]
-    out = out.transpose(1, 2).reshape(batch, -1, heads * head_dim)
-    return out.index_select(1, slot.flatten()).view(batch, height, width, heads, head_dim)
+    index = (rows.slot // th)[:, None] * columns.query.shape[0] + columns.slot // tw
+    slot = (index * th + (rows.slot % th)[:, None]) * tw + columns.slot % tw
+    out = out.transpose(1, 2).reshape(batch, -1, heads, head_dim)
+    return out[:, slot]

@@ -40,10 +40,22 @@ class Axis(NamedTuple):
     slot: Tensor
 
 
+def count(length: int, dilation: int, tile: int) -> int:
+    """Tiles that the longest class of an axis takes."""
+    return ((length + dilation - 1) // dilation + tile - 1) // tile
+
+
 def axis(
-    length: int, padded: int, kernel: int, dilation: int, tile: int, device: torch.device
+    length: int,
+    padded: int,
+    kernel: int,
+    dilation: int,
+    tile: int,
+    tiles: int,
+    halo: int,
+    device: torch.device,
 ) -> Axis:
-    """Cut one axis into tiles, with arithmetic that sizes unknown at tracing time go through.
+    """Cut one axis into tiles; sizes may be unknown while tracing, so no shape is merged or split.
 
     Args:
         length: positions with queries.
@@ -51,53 +63,59 @@ def axis(
         kernel: window size.
         dilation: number of residue classes.
         tile: queries per tile.
+        tiles: tiles of a class, `count` or more.
+        halo: keys per tile: ``tile + kernel - 1``, or what a class has at the most.
         device: where the tables live.
     """
-    residue = torch.arange(dilation, device=device)[:, None]
+    index = torch.arange(dilation * tiles, device=device)
+    residue, first = (index // tiles)[:, None], (index % tiles)[:, None] * tile
     members = (padded - residue + dilation - 1) // dilation
     queries = ((length - residue + dilation - 1) // dilation).clamp(min=1)
-    longest_queries = (length + dilation - 1) // dilation
-    longest = (padded + dilation - 1) // dilation
-    tiles = (longest_queries + tile - 1) // tile
-    halo = min(tile + kernel - 1, longest)
 
-    first = torch.arange(tiles, device=device) * tile  # [tiles]
-    rank = first[:, None] + torch.arange(tile, device=device)
-    real = (rank < queries[..., None]) & (residue[..., None] < length)
-    rank = torch.minimum(rank, queries[..., None] - 1)  # [dilation, tiles, tile]
+    rank = first + torch.arange(tile, device=device)  # [tiles, tile]
+    real = (rank < queries) & (residue < length)
+    rank = torch.minimum(rank, queries - 1)
     start = torch.minimum((first - kernel // 2).clamp(min=0), (members - halo).clamp(min=0))
-    key_rank = start[..., None] + torch.arange(halo, device=device)  # [dilation, tiles, halo]
-    window = torch.minimum((rank - kernel // 2).clamp(min=0), members[..., None] - kernel)
-    offset = key_rank[..., None, :] - window[..., None]
+    key_rank = start + torch.arange(halo, device=device)  # [tiles, halo]
+    window = torch.minimum((rank - kernel // 2).clamp(min=0), members - kernel)
+    offset = key_rank[:, None] - window[..., None]  # [tiles, tile, halo]
     inside = (offset >= 0) & (offset < kernel)
-    entry = torch.where(inside, key_rank[..., None, :] - rank[..., None] + kernel - 1, -1)
-    query = (residue[..., None] + rank * dilation).clamp(max=length - 1)
-    key = (residue[..., None] + key_rank * dilation).clamp(max=padded - 1)
+    entry = torch.where(inside, key_rank[:, None] - rank[..., None] + kernel - 1, -1)
+    query = (residue + rank * dilation).clamp(max=length - 1)
+    key = (residue + key_rank * dilation).clamp(max=padded - 1)
     position = torch.arange(length, device=device)
     slot = (position % dilation) * (tiles * tile) + position // dilation
-    query, real, key, entry = (x.flatten(0, 1) for x in (query, real, key, entry))
     return Axis(query, real, key, entry, slot)
 
 
-def join(rows: Tensor, columns: Tensor, width: int) -> Tensor:
-    """Row-major index of every pair: [R, *], [C, *] -> [R, C, rows of a tile, columns of it]."""
-    return rows[:, None, :, None] * width + columns[None, :, None, :]
+def pair(rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
+    """Every row of tiles with every column of tiles, row-major: [R, *], [C, *] -> [R * C, *]."""
+    across = columns.shape[0]
+    index = torch.arange(rows.shape[0] * across, device=rows.device)
+    return rows[index // across], columns[index % across]
 
 
-def join_keys(rows: Tensor, columns: Tensor, height: int, width: int) -> Tensor:
-    """Like `join`; a key on the padding gets the index behind the map's last."""
-    pair_rows, pair_columns = rows[:, None, :, None], columns[None, :, None, :]
-    on_map = (pair_rows < height) & (pair_columns < width)
-    return torch.where(on_map, pair_rows * width + pair_columns, height * width)
+def positions(rows: Tensor, columns: Tensor, size: Pair) -> Tensor:
+    """Row-major positions on a map of ``size``: [R, m], [C, n] -> [R * C, m * n].
+
+    Those beyond the map, on its padding, get the position behind the last.
+    """
+    i, j = pair(rows, columns)
+    i, j = i[:, :, None], j[:, None]
+    on_map = (i < size[0]) & (j < size[1])
+    return torch.where(on_map, i * size[1] + j, size[0] * size[1]).flatten(1)
 
 
-def join_entries(rows: Tensor, columns: Tensor, kernel: Pair) -> Tensor:
-    """Index into a flattened bias: [R, C, queries, keys]; the entry behind the last masks."""
+def entries(rows: Tensor, columns: Tensor, kernel: Pair) -> Tensor:
+    """Index into a flattened bias: [R, m, k], [C, n, l] -> [R * C, m * n, k * l].
+
+    What is outside of a window gets the entry behind the last, which masks.
+    """
+    i, j = pair(rows, columns)
+    i, j = i[:, :, None, :, None], j[:, None, :, None]
     stride = 2 * kernel[1] - 1
-    pair_rows, pair_columns = rows[:, None, :, None, :, None], columns[None, :, None, :, None, :]
-    inside = (pair_rows >= 0) & (pair_columns >= 0)
-    entry = torch.where(inside, pair_rows * stride + pair_columns, (2 * kernel[0] - 1) * stride)
-    return entry.flatten(4, 5).flatten(2, 3)
+    entry = torch.where((i >= 0) & (j >= 0), i * stride + j, (2 * kernel[0] - 1) * stride)
+    return entry.flatten(3).flatten(1, 2)
 
 
 @dataclass(frozen=True)
@@ -167,24 +185,25 @@ def geometry(
     device: torch.device,
 ) -> Geometry:
     """Cut a map of ``size``, padded to ``padded``, into tiles of ``tile`` queries."""
-    rows, columns = (
-        axis(*args, torch.device("cpu"))
-        for args in zip(size, padded, kernel, dilation, tile, strict=True)
-    )
-    query = join(rows.query, columns.query, size[1]).flatten(2).flatten(0, 1)
-    real = (rows.real[:, None, :, None] & columns.real[None, :, None, :]).flatten(2).flatten(0, 1)
-    key = join_keys(rows.key, columns.key, *size).flatten(2).flatten(0, 1)
-    kinds, of_axis = [], []
-    for entry in (rows.entry, columns.entry):
-        unique, index = entry.flatten(1).unique(dim=0, return_inverse=True)
-        kinds.append(unique.view(-1, *entry.shape[1:]))
+    axes, kinds, of_axis = [], [], []
+    for length, full, k, d, t in zip(size, padded, kernel, dilation, tile, strict=True):
+        halo = min(t + k - 1, -(-full // d))
+        axes.append(axis(length, full, k, d, t, count(length, d, t), halo, torch.device("cpu")))
+        unique, index = axes[-1].entry.unique(dim=0, return_inverse=True)
+        kinds.append(unique)
         of_axis.append(index)
-    entry = join_entries(kinds[0], kinds[1], kernel).flatten(0, 1)
-    kind = (of_axis[0][:, None] * len(kinds[1]) + of_axis[1]).flatten()
+    rows, columns = axes
+    query = positions(rows.query, columns.query, size)
+    key = positions(rows.key, columns.key, size)
+    real_rows, real_columns = pair(rows.real, columns.real)
+    real = (real_rows[:, :, None] & real_columns[:, None]).flatten(1)
+    entry = entries(kinds[0], kinds[1], kernel)
+    row_kind, column_kind = pair(*of_axis)
+    kind = row_kind * len(kinds[1]) + column_kind
     used = real.any(1)
     query, real, key, kind = query[used], real[used], key[used], kind[used]
 
-    entries = (2 * kernel[0] - 1) * (2 * kernel[1] - 1)
+    masked = (2 * kernel[0] - 1) * (2 * kernel[1] - 1)
     strips = None
     if _is_strip(tile[1], size, padded, dilation) and bool(real.all()):
         strips = tuple(
@@ -194,7 +213,7 @@ def geometry(
     else:
         idle = _aligned(key.shape[1]) - key.shape[1]
         key = torch.cat([key, key[:, :1].expand(-1, idle)], 1)
-        entry = F.pad(entry, (0, idle), value=entries)
+        entry = F.pad(entry, (0, idle), value=masked)
     return Geometry(
         query.to(device),
         key.to(device),
@@ -202,6 +221,6 @@ def geometry(
         entry.to(device),
         None if bool(real.all()) else real.to(device),
         strips,
-        entries,
+        masked,
         padded != size,
     )
