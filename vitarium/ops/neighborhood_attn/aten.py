@@ -74,55 +74,66 @@ def _masks(geometry: tiles.Geometry, bias: Tensor | None, like: Tensor) -> Tenso
     return table.index_select(1, geometry.entry.flatten()).view(-1, *geometry.entry.shape)
 
 
-class _Part(NamedTuple):
-    """Tiles that are worked on together, of one image or of all tiles of several."""
+class _Group(NamedTuple):
+    """Tables of some images at once; positions count through all of them."""
 
-    query: Tensor  # rows of the queries [N, Lq]
-    key: Tensor  # rows of the keys [N, Lk]
+    query: Tensor  # [N, Lq]
+    slot: Tensor  # [positions]
+    key: Tensor  # [N, Lk]
     kind: Tensor  # [N]
     real: Tensor | None  # [N, Lq]
 
 
-def _parts(
-    geometry: tiles.Geometry, batch: int, positions: int, keys: int, channels: int
-) -> Iterator[_Part]:
-    """Cut the work into parts that stay in cache.
+def _group(geometry: tiles.Geometry, images: int, keys: int) -> _Group:
+    """Tables of ``images`` images; ``keys`` is the number of rows that an image's keys have."""
+    real = geometry.real
+    if images == 1:
+        return _Group(geometry.query, geometry.slot, geometry.key, geometry.kind, real)
+    image = torch.arange(images, device=geometry.kind.device)[:, None]
+    many = image[..., None]
+    return _Group(
+        (geometry.query + many * len(geometry.slot)).flatten(0, 1),
+        (geometry.slot + image * geometry.query.numel()).flatten(),
+        (geometry.key + many * keys).flatten(0, 1),
+        geometry.kind.repeat(images),
+        None if real is None else real.repeat(images, 1),
+    )
 
-    Args:
-        geometry: the tiles of one image.
-        batch: number of images.
-        positions: rows that an image has among the queries.
-        keys: rows that it has among the keys.
-        channels: of a row.
+
+def _groups(
+    geometry: tiles.Geometry, batch: int, keys: int, channels: int
+) -> Iterator[tuple[_Group, slice, slice, list[slice]]]:
+    """Cut the work into groups of images, and those into parts of tiles that stay in cache.
+
+    Yields:
+        tables of the group, its rows among the queries, its rows among the keys, parts of its
+        tiles.
     """
     count, weight = len(geometry.kind), geometry.key.shape[1] * channels
-    images = max(1, _CHUNK // (count * weight))
-    if images > 1:
-        for first in range(0, batch, images):
-            index = torch.arange(first, min(batch, first + images), device=geometry.kind.device)
-            real = geometry.real
-            yield _Part(
-                (geometry.query + index[:, None, None] * positions).flatten(0, 1),
-                (geometry.key + index[:, None, None] * keys).flatten(0, 1),
-                geometry.kind.repeat(len(index)),
-                None if real is None else real.repeat(len(index), 1),
-            )
-        return
-    step = max(1, _CHUNK // weight)
-    for image in range(batch):
-        for first in range(0, count, step):
-            part = slice(first, first + step)
-            yield _Part(
-                geometry.query[part] + image * positions,
-                geometry.key[part] + image * keys,
-                geometry.kind[part],
-                None if geometry.real is None else geometry.real[part],
-            )
+    step, images = max(1, _CHUNK // weight), max(1, _CHUNK // (count * weight))
+    group = None
+    for first in range(0, batch, images):
+        number = min(images, batch - first)
+        if group is None or number != images:
+            group = _group(geometry, number, keys)
+        positions = len(geometry.slot)
+        yield (
+            group,
+            slice(first * positions, (first + number) * positions),
+            slice(first * keys, (first + number) * keys),
+            [slice(i, i + step) for i in range(0, number * count, step)],
+        )
 
 
-def _take(rows: Tensor, index: Tensor, heads: int) -> Tensor:
-    """Rows at [N, L] -> [N, L, heads, head_dim]."""
-    return rows.index_select(0, index.flatten()).view(*index.shape, heads, -1)
+def _take(rows: Tensor, index: Tensor, heads: int, buffer: Tensor | None = None) -> Tensor:
+    """Rows at [N, L] -> [N, L, heads, head_dim], in memory of their own or in that of ``buffer``.
+
+    Parts that come one after the other share a buffer: new memory for each costs as much as
+    filling it.
+    """
+    out = None if buffer is None else buffer[: index.numel()]
+    taken = torch.index_select(rows, 0, index.flatten(), out=out)
+    return taken.view(*index.shape, heads, -1)
 
 
 def _forward(
@@ -144,14 +155,21 @@ def _forward(
     queries, keys = _rows(query), _key_rows(geometry, key, pad_key)
     values, outs = _key_rows(geometry, value, pad_value), _rows(out)
     attend = _attend if torch.finfo(query.dtype).bits >= 32 else _attend_fused
-    size = (len(queries) // batch, len(keys) // batch)
-    for part in _parts(geometry, batch, *size, keys.shape[1]):
-        q, k, v = (
-            _take(rows, index, heads)
-            for rows, index in ((queries, part.query), (keys, part.key), (values, part.key))
-        )
-        attended = attend(q, k, v, masks, part.kind, scale)
-        outs.index_copy_(0, part.query.flatten(), attended.flatten(2).flatten(0, 1))
+    buffers = None
+    for group, at, near, parts in _groups(geometry, batch, len(keys) // batch, keys.shape[1]):
+        q = _take(queries[at], group.query, heads)
+        attended = torch.empty_like(q)
+        if buffers is None:
+            longest = group.key[parts[0]].numel()
+            buffers = [x.new_empty(longest, x.shape[1]) for x in (keys, values)]
+        for part in parts:
+            index = group.key[part]
+            k, v = (
+                _take(x[near], index, heads, buffer)
+                for x, buffer in zip((keys, values), buffers, strict=True)
+            )
+            attend(q[part], k, v, masks, group.kind[part], scale, attended[part])
+        torch.index_select(attended.view(-1, outs.shape[1]), 0, group.slot, out=outs[at])
     return out
 
 
@@ -179,13 +197,12 @@ def _attend(
     masks: Tensor,
     kind: Tensor,
     scale: float,
-) -> Tensor:
+    out: Tensor,
+) -> None:
     """Attend in every tile, [N, L, heads, head_dim]: a head at a time, without copies."""
-    out = torch.empty_like(query)
     for head in range(query.shape[2]):
         weights = _weights(query, key, masks, kind, scale, head)
         out[:, :, head] = torch.bmm(weights, value[:, :, head])
-    return out
 
 
 def _weights(
@@ -209,11 +226,12 @@ def _attend_fused(
     masks: Tensor,
     kind: Tensor,
     scale: float,
-) -> Tensor:
+    out: Tensor,
+) -> None:
     """The same in half precision, where scores must not be rounded to it."""
     mask = masks.index_select(1, kind).transpose(0, 1)
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
-    return F.scaled_dot_product_attention(q, k, v, mask, scale=scale).transpose(1, 2)
+    out.copy_(F.scaled_dot_product_attention(q, k, v, mask, scale=scale).transpose(1, 2))
 
 
 class _Attention(torch.autograd.Function):
@@ -262,27 +280,28 @@ def _backward(
     sums = [torch.zeros_like(x, dtype=exact) for x in (queries, keys, values)]
     masks = _masks(geometry, bias, query).to(exact)
     mask_sums = torch.zeros_like(masks) if bias is not None else None
-    size = (len(queries) // batch, len(keys) // batch)
-    for at, near, kind, real in _parts(geometry, batch, *size, keys.shape[1]):
-        q, k, v, g = (
-            _take(rows, index, heads).to(exact)
-            for rows, index in ((queries, at), (keys, near), (values, near), (grads, at))
-        )
-        if real is not None:
-            g = g * real[..., None, None]  # a repeated query counts once
-        parts = [torch.empty_like(x) for x in (q, k, v)]
-        for head in range(heads):
-            hq, hk, hv, hg = (x[:, :, head] for x in (q, k, v, g))
-            weights = _weights(q, k, masks, kind, scale, head)
-            parts[2][:, :, head] = torch.bmm(weights.transpose(1, 2), hg)
-            scores = torch.bmm(hg, hv.transpose(1, 2))
-            scores = torch._softmax_backward_data(scores, weights, -1, exact)
-            parts[0][:, :, head] = torch.bmm(scores, hk)
-            parts[1][:, :, head] = torch.bmm(scores.transpose(1, 2), hq)
-            if mask_sums is not None:
-                mask_sums[head].index_add_(0, kind, scores)
-        for total, part, index in zip(sums, parts, (at, near, near), strict=True):
-            total.index_add_(0, index.flatten(), part.flatten(2).flatten(0, 1))
+    for group, at, near, parts in _groups(geometry, batch, len(keys) // batch, keys.shape[1]):
+        q, g = (_take(x[at], group.query, heads).to(exact) for x in (queries, grads))
+        if group.real is not None:
+            g = g * group.real[..., None, None]  # a repeated query counts once
+        grad_q = torch.empty_like(q)
+        for part in parts:
+            index, kind = group.key[part], group.kind[part]
+            k, v = (_take(x[near], index, heads).to(exact) for x in (keys, values))
+            grad_k, grad_v = torch.empty_like(k), torch.empty_like(v)
+            for head in range(heads):
+                hq, hk, hv, hg = (x[:, :, head] for x in (q[part], k, v, g[part]))
+                weights = _weights(q[part], k, masks, kind, scale, head)
+                grad_v[:, :, head] = torch.bmm(weights.transpose(1, 2), hg)
+                scores = torch.bmm(hg, hv.transpose(1, 2))
+                scores = torch._softmax_backward_data(scores, weights, -1, exact)
+                grad_q[part, :, head] = torch.bmm(scores, hk)
+                grad_k[:, :, head] = torch.bmm(scores.transpose(1, 2), hq)
+                if mask_sums is not None:
+                    mask_sums[head].index_add_(0, kind, scores)
+            for total, x in ((sums[1], grad_k), (sums[2], grad_v)):
+                total[near].index_add_(0, index.flatten(), x.flatten(2).flatten(0, 1))
+        torch.index_select(grad_q.view(-1, queries.shape[1]), 0, group.slot, out=sums[0][at])
     sums[0] *= scale
     sums[1] *= scale
     grad_bias = grad_pad = None
@@ -295,8 +314,8 @@ def _backward(
         if geometry.padded:
             for i in (1, 2):
                 grad_pad[i] = sums[i].view(batch, -1, *pad.shape[1:])[:, -1].sum(0)
-    maps = (x.view(batch, -1, x.shape[1])[:, : size[0]].reshape(query.shape) for x in sums)
-    return *(x.to(query.dtype) for x in maps), grad_bias, grad_pad
+    maps = (x.view(batch, -1, x.shape[1])[:, : len(geometry.slot)] for x in sums)
+    return *(x.reshape(query.shape).to(query.dtype) for x in maps), grad_bias, grad_pad
 
 
 # The traced computation: the same tiles, all in one call, nothing cached or read.

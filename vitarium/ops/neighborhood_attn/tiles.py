@@ -123,6 +123,7 @@ class Geometry:
     """Tiles of a map, and the masks that they share."""
 
     query: Tensor  # [tiles, Lq]: positions
+    slot: Tensor  # [positions]: where in the flattened queries
     key: Tensor  # [tiles, Lk]: positions; one behind the last is the padded position
     kind: Tensor  # [tiles]: which mask
     entry: Tensor  # [kinds, Lq, Lk]: index into a head's flattened bias; behind the last: masked
@@ -203,6 +204,8 @@ def geometry(
     used = real.any(1)
     query, real, key, kind = query[used], real[used], key[used], kind[used]
 
+    slot = torch.empty(size[0] * size[1], dtype=torch.long)
+    slot[query[real]] = torch.arange(query.numel()).view_as(query)[real]
     masked = (2 * kernel[0] - 1) * (2 * kernel[1] - 1)
     strips = None
     if _is_strip(tile[1], size, padded, dilation) and bool(real.all()):
@@ -216,6 +219,7 @@ def geometry(
         entry = F.pad(entry, (0, idle), value=masked)
     return Geometry(
         query.to(device),
+        slot.to(device),
         key.to(device),
         kind.to(device),
         entry.to(device),
