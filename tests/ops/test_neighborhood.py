@@ -306,6 +306,29 @@ def test_new_parameter_values_are_seen() -> None:
     torch.testing.assert_close(after, expected)
 
 
+@pytest.mark.parametrize("first", [torch.inference_mode, torch.no_grad])
+def test_tables_of_one_mode_serve_another(first: type) -> None:
+    """Geometry is kept between calls, whatever mode made it."""
+    from vitarium.ops.neighborhood_attn import tiles
+
+    tiles.geometry.cache_clear()
+    leaves = inputs((17, 19), 3, False)
+    with first():
+        neighborhood_attention(**leaves, kernel_size=3)
+    out = neighborhood_attention(**leaves, kernel_size=3)
+    expected = neighborhood_attention(**leaves, kernel_size=3, impl="reference")
+    wanted = gradients(expected, leaves)
+    for name, grad in gradients(out, leaves).items():
+        torch.testing.assert_close(grad, wanted[name], msg=name)
+
+
+def test_meta_tensors_give_shapes() -> None:
+    query = torch.empty(2, 17, 19, 3, 8, device="meta", requires_grad=True)
+    out = neighborhood_attention(query, query, query, kernel_size=3, dilation=2)
+    assert out.shape == query.shape
+    assert torch.autograd.grad(out, query, torch.empty_like(out))[0].shape == query.shape
+
+
 def test_repeatable() -> None:
     torch.set_num_threads(2)
     leaves = inputs((20, 21), 5, False, torch.float32)
