@@ -1,0 +1,147 @@
+"""`vitarium demo`: real digits classified, real photographs' features pictured, and what is next.
+
+Everything it needs is on the machine: the digits and photographs are scikit-learn's, the weights
+are in the package.
+"""
+
+from __future__ import annotations
+
+import shlex
+import shutil
+import sys
+import sysconfig
+import time
+from argparse import Namespace
+from importlib.util import find_spec
+from pathlib import Path
+from textwrap import indent
+
+import timm
+import torch
+from PIL import Image
+from torch import Tensor
+
+from vitarium.heads.features import FeatureBackbone
+from vitarium.tools.digits import (
+    MODEL,
+    Digits,
+    comparison,
+    missing,
+    probabilities,
+    split,
+)
+from vitarium.tools.features import pyramid_picture
+
+_PHOTOS = ("china", "flower")
+_COLUMNS, _ROWS = 12, 6
+
+
+def run(args: Namespace) -> int:
+    """Classify the held-out digits, picture two photographs' features, print further commands.
+
+    Raises:
+        ValueError: scikit-learn or matplotlib is missing.
+        CheckpointError: the packaged weights are damaged.
+        OSError: the output cannot be written.
+    """
+    if find_spec("matplotlib") is None:
+        raise ValueError(missing("matplotlib"))
+    start = time.monotonic()
+    training, held_out = split()
+    out = Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
+
+    count = len(held_out.labels)
+    _say(f"1/3 {MODEL} classifies scikit-learn's last {count} digits, which it never saw")
+    model = timm.create_model(MODEL, pretrained=True)
+    chances = probabilities(model, held_out)
+    _say(indent(comparison(chances.argmax(-1), training, held_out), "    "))
+    digit = out / "digit.png"
+    held_out.pictures[0].resize((64, 64), Image.Resampling.BICUBIC).save(digit)
+    _wrote(digit, f"one of them, a {held_out.labels[0]}, as large as the model sees it")
+    sheet = out / "digits.png"
+    mistakes = _save_predictions(sheet, held_out, chances)
+    _wrote(sheet, f"its answers; the {mistakes} mistakes come first, in red")
+
+    _say(f"2/3 feature pyramids of two photographs, by the weights of {MODEL}: they know digits")
+    backbone = FeatureBackbone(MODEL, pretrained=True).eval()
+    for name in _PHOTOS:
+        photo = out / f"{name}.png"
+        image = _photograph(name)
+        image.save(photo)
+        _wrote(photo, f"scikit-learn's {name}.jpg, {image.height} x {image.width} pixels (H x W)")
+        pyramid = out / f"{name}.features.png"
+        title = f"{name}.jpg, {MODEL} (trained on digits alone)"
+        pyramid_picture(image, backbone, title).save(pyramid)
+        _wrote(pyramid, "principal components of four feature maps, as colours")
+
+    _say(f"3/3 done in {time.monotonic() - start:.0f} s; what you may want next")
+    for command in _next_commands(digit, out / f"{_PHOTOS[0]}.png", out):
+        _say(f"    {command}")
+    return 0
+
+
+def _say(text: str) -> None:
+    print(text, flush=True)
+
+
+def _wrote(file: Path, what: str) -> None:
+    _say(f"    wrote {file}: {what}")
+
+
+def _photograph(name: str) -> Image.Image:
+    from sklearn.datasets import load_sample_image
+
+    return Image.fromarray(load_sample_image(f"{name}.jpg"))
+
+
+def _save_predictions(file: Path, digits: Digits, chances: Tensor) -> int:
+    """A grid of digits with the model's answers: every mistake, then right ones from everywhere.
+
+    Returns:
+        The number of mistakes.
+    """
+    from matplotlib.figure import Figure
+
+    chance, found = chances.max(-1)
+    wrong = (found != digits.labels).nonzero().flatten()
+    right = (found == digits.labels).nonzero().flatten()
+    rows = max(_ROWS, -(-len(wrong) // _COLUMNS))
+    evenly = torch.linspace(0, len(right) - 1, rows * _COLUMNS - len(wrong)).long()
+    figure = Figure(figsize=(_COLUMNS, 1.2 * rows + 0.6), layout="constrained")
+    figure.suptitle(
+        f"{MODEL}: {len(right)} of {len(found)} held-out digits right; "
+        f"in red what is wrong; in brackets how sure it is"
+    )
+    cells = figure.subplots(rows, _COLUMNS).flat
+    for cell, index in zip(cells, [*wrong.tolist(), *right[evenly].tolist()], strict=True):
+        mistake = found[index] != digits.labels[index]
+        answer = f"{found[index]}, is {digits.labels[index]}" if mistake else f"{found[index]}"
+        colour = "red" if mistake else "black"
+        cell.imshow(digits.pictures[index], interpolation="bicubic")
+        cell.set_title(f"{answer} ({chance[index]:.0%})", fontsize=9, color=colour)
+        cell.set(xticks=[], yticks=[])
+        cell.spines[:].set(color=colour, linewidth=3 if mistake else 0.5)
+    figure.savefig(file, dpi=100)
+    return len(wrong)
+
+
+def _next_commands(digit: Path, photo: Path, out: Path) -> list[str]:
+    """Commands that work as they stand, in this folder."""
+    arguments = (
+        ("predict", str(digit), "--model", MODEL, "--topk", "3"),
+        ("features", str(photo), "--model", MODEL, "--size", "256", "--out", str(out / "small")),
+        ("list", "nat_*", "--params-max", "30"),
+    )
+    return [shlex.join((*_program(), *row)) for row in arguments]
+
+
+def _program() -> tuple[str, ...]:
+    """How this program is called from a shell, of this environment and in this folder."""
+    script = shutil.which("vitarium", path=sysconfig.get_path("scripts"))
+    if script is None:
+        return (sys.executable, "-m", "vitarium_cli")
+    if shutil.which("vitarium") == script:
+        return ("vitarium",)
+    file = Path(script)
+    return (str(file.relative_to(Path.cwd()) if file.is_relative_to(Path.cwd()) else file),)
