@@ -436,7 +436,12 @@ _PUBLISHED = {
 _URL = "https://shi-labs.com/projects/nat/checkpoints/CLS"
 _DIGITS = "nat_atto.vitarium_digits"
 _WEIGHTS = {
-    _DIGITS: Weight(file=f"{_DIGITS}.safetensors", licence="Apache-2.0"),
+    _DIGITS: Weight(
+        file=f"{_DIGITS}.safetensors",
+        size=5_636_088,
+        sha256="a21ed2950f31a6d9da8af0f4197aa40d5592deacdcbb26f36b96050b5007cb39",
+        licence="Apache-2.0",
+    ),
     **{name: Weight(url=f"{_URL}/{name.partition('.')[0]}.pth") for name in _PUBLISHED},
 }
 

@@ -63,7 +63,7 @@ def run(args: Namespace) -> int:
     mistakes = _save_predictions(sheet, held_out, chances)
     _wrote(sheet, f"its answers; the {mistakes} mistakes come first, in red")
 
-    _say(f"2/3 feature pyramids of two photographs, by the weights of {MODEL}: they know digits")
+    _say(f"2/3 feature pyramids of two photographs, by weights that know only digits ({MODEL})")
     backbone = FeatureBackbone(MODEL, pretrained=True).eval()
     for name in _PHOTOS:
         photo = out / f"{name}.png"

@@ -1,0 +1,149 @@
+import contextlib
+import io
+import os
+import re
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from sklearn.datasets import load_sample_image
+
+import vitarium_cli
+from vitarium.tools import demo, digits
+
+ROOT = Path(__file__).parents[2]
+
+
+def wrote(text, folder):
+    """The files that a text names, after its "wrote"."""
+    return [folder / match for match in re.findall(r"^ *wrote ([^:\n]+)", text, re.MULTILINE)]
+
+
+@pytest.fixture(scope="module")
+def shown(tmp_path_factory):
+    """Where the demo ran, without network, and what it printed."""
+
+    def refused(*args):
+        pytest.fail("the demo uses the network")
+
+    folder = tmp_path_factory.mktemp("demo")
+    out = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out):
+        patch.chdir(folder)
+        patch.setattr(socket.socket, "connect", refused)
+        patch.setattr(socket, "getaddrinfo", refused)
+        assert vitarium_cli.main(["demo"]) == 0
+    return folder, out.getvalue()
+
+
+def test_every_file_that_it_names_is_there(shown):
+    folder, text = shown
+    names = ["digit", "digits", "china", "china.features", "flower", "flower.features"]
+    assert wrote(text, folder) == [folder / "outputs" / f"{name}.png" for name in names]
+    assert sorted((folder / "outputs").iterdir()) == sorted(wrote(text, folder))
+
+
+def test_it_prints_the_accuracies_of_the_test(shown, program):
+    _, text = shown
+    lines = program("digits", "test").out.splitlines()
+    assert [line.strip() for line in text.splitlines()[1:3]] == lines
+    right = int(re.search(r"\((\d+) of 360\)", text)[1])
+    assert f"the {360 - right} mistakes come first" in text
+
+
+def test_the_pictures(shown):
+    folder = shown[0] / "outputs"
+    for name in ("china", "flower"):
+        assert (
+            np.asarray(Image.open(folder / f"{name}.png")) == load_sample_image(f"{name}.jpg")
+        ).all()
+        sheet = Image.open(folder / f"{name}.features.png")
+        assert sheet.width > 3 * 480
+        assert sheet.height > 2 * 320
+        assert len(sheet.getcolors(sheet.width * sheet.height)) > 5000
+    assert Image.open(folder / "digit.png").size == (64, 64)
+    grid = Image.open(folder / "digits.png")
+    assert grid.width == 1200
+    assert grid.height > 700
+
+
+def red(file):
+    """Share of red pixels."""
+    pixels = np.asarray(Image.open(file).convert("RGB")).astype(int)
+    return float((pixels == (255, 0, 0)).all(-1).mean())
+
+
+def test_all_mistakes_are_shown_and_marked(tmp_path):
+    held_out = digits.split()[1]
+    right = torch.nn.functional.one_hot(held_out.labels, 10) * 0.9
+    wrong = right.roll(1, -1)
+    shares = []
+    for mistakes in (0, 5, 100):
+        chances = right.clone()
+        chances[200 : 200 + mistakes] = wrong[200 : 200 + mistakes]
+        file = tmp_path / f"{mistakes}.png"
+        assert demo._save_predictions(file, held_out, chances) == mistakes
+        shares.append(red(file))
+    assert shares[0] == 0 < 3 * shares[1] < shares[2]
+    heights = [Image.open(tmp_path / f"{mistakes}.png").height for mistakes in (0, 5, 100)]
+    assert heights[0] == heights[1] < heights[2]
+
+
+def test_the_next_commands_work_as_printed(shown):
+    folder, text = shown
+    commands = [line.strip() for line in text.splitlines()[-3:]]
+    results = [
+        subprocess.run(
+            command,
+            shell=True,
+            cwd=folder,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        for command in commands
+    ]
+    assert [(result.returncode, result.stderr) for result in results] == [(0, "")] * 3
+    predicted, features, listed = (result.stdout for result in results)
+    name, first, *_ = predicted.splitlines()
+    assert name == str(Path("outputs") / "digit.png")
+    assert first.split()[1] == str(int(digits.split()[1].labels[0]))
+    (picture,) = wrote(features, folder)
+    assert picture.is_file()
+    assert "nat_tiny" in listed
+
+
+@pytest.mark.parametrize("package", ["scikit-learn", "matplotlib"])
+def test_without_the_extra(package, program, monkeypatch, tmp_path):
+    name = {"scikit-learn": "sklearn.datasets"}.get(package, package)
+    monkeypatch.setitem(sys.modules, name, None)
+    status, out, err = program("demo", "--out", tmp_path / "new")
+    assert (status, out) == (1, "")
+    assert err == f'vitarium: error: {package} is not installed: pip install "vitarium[demo]"\n'
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_unusable_folder(program, tmp_path):
+    file = tmp_path / "file"
+    file.touch()
+    result = program("demo", "--out", file)
+    assert result == (1, "", f"vitarium: error: {file}: File exists\n")
+
+
+def test_it_calls_itself_as_the_shell_finds_it(tmp_path, monkeypatch):
+    script = tmp_path / ".venv" / "bin" / "vitarium"
+    monkeypatch.setattr(demo.sysconfig, "get_path", lambda name: str(script.parent))
+    assert demo._program() == (sys.executable, "-m", "vitarium_cli")
+    script.parent.mkdir(parents=True)
+    script.touch(mode=0o755)
+    assert demo._program() == (str(script),)
+    monkeypatch.chdir(tmp_path)
+    assert demo._program() == (str(Path(".venv") / "bin" / "vitarium"),)
+    monkeypatch.setenv("PATH", str(script.parent))
+    assert demo._program() == ("vitarium",)
