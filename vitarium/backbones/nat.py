@@ -438,8 +438,8 @@ _DIGITS = "nat_atto.vitarium_digits"
 _WEIGHTS = {
     _DIGITS: Weight(
         file=f"{_DIGITS}.safetensors",
-        size=5_636_088,
-        sha256="a21ed2950f31a6d9da8af0f4197aa40d5592deacdcbb26f36b96050b5007cb39",
+        size=5_636_104,
+        sha256="1a94fd0fa93b12d9b5cd8b94e4a25cef4c76bcef4ae3210791ee962c41abeabe",
         licence="Apache-2.0",
     ),
     **{name: Weight(url=f"{_URL}/{name.partition('.')[0]}.pth") for name in _PUBLISHED},

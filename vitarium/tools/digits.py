@@ -43,6 +43,7 @@ from vitarium.checkpoints import load
 
 MODEL = "nat_atto.vitarium_digits"
 HELD_OUT = 360
+_GRID = 8  # pixels of a picture, each way
 _NEIGHBOURS = 3
 _SECONDS = 10.0  # between two lines of progress where there is no terminal
 
@@ -68,6 +69,8 @@ class Recipe:
         bend: of a coarse grid of 4 x 4 knots, between which all moves smoothly; as a share of
             half the picture.
         mixup: both parameters of the beta distribution that mixes a batch with its reverse.
+        raster: share of the pictures that are put on their 8 x 8 grid again after they moved, as
+            another writer's would have been.
     """
 
     epochs: int = 40
@@ -85,6 +88,7 @@ class Recipe:
     shift: float = 0.1
     bend: float = 0.1
     mixup: float = 0.4
+    raster: float = 0.5
 
 
 class Digits(NamedTuple):
@@ -234,8 +238,13 @@ def _moved(images: Tensor, recipe: Recipe) -> Tensor:
     knots = recipe.bend * (2 * torch.rand(len(images), 2, 4, 4) - 1)
     bend = F.interpolate(knots, images.shape[-2:], mode="bicubic", align_corners=True)
     grid = grid + bend.permute(0, 2, 3, 1)
-    black = images.min()
-    return F.grid_sample(images - black, grid, align_corners=False) + black
+    black, white = images.aminmax()
+    moved = F.grid_sample(images - black, grid, align_corners=False) + black
+    coarse = F.adaptive_avg_pool2d(moved, _GRID)
+    # antialias selects Pillow's kernel
+    again = F.interpolate(coarse, images.shape[-2:], mode="bicubic", antialias=True)
+    chosen = torch.rand(len(images), 1, 1, 1) < recipe.raster
+    return torch.where(chosen, again.clamp(black, white), moved)
 
 
 def inputs(pictures: list[Image.Image]) -> Tensor:
