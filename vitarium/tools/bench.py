@@ -89,8 +89,8 @@ def interleaved(
     """Median milliseconds of each function, taking turns.
 
     Args:
-        functions: name -> what to time. A turn repeats a short one for about 20 ms, so that all
-            are timed on caches of their own making.
+        functions: name -> what to time. A turn begins with a call that does not count and
+            repeats a short one for about 20 ms: all are timed on caches of their own making.
         rounds: how many turns each has at the most.
         seconds: a function that has used this much time sits out the later rounds, but not
             before its third turn.
@@ -113,6 +113,7 @@ def interleaved(
     for number in range(rounds):
         for name, function in functions.items():
             if number < 3 or sum(times[name]) * repeats[name] < seconds:
+                function()  # the one before has emptied the caches
                 times[name].append(timed(function, repeats[name]))
         if progress and task is not None:
             progress.advance(task)
