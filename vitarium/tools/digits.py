@@ -1,8 +1,9 @@
 """`vitarium digits`: train and test nat_atto on scikit-learn's handwritten digits.
 
 1797 pictures of 8 x 8 pixels with values 0 ... 16. The last 360 are held out, always: nothing of
-them enters the training, and the recipe was chosen by cross-validation among the first 1437 (in
-four blocks of neighbours, since neighbours share a writer).
+them enters the training. The recipe comes from cross-validation among the first 1437 (in four
+blocks of neighbours, since neighbours share a writer). It is the second that was trained to the
+end: the first, without `raster`, read 96.9 % of the held-out digits.
 
 A picture reaches the model as one from a file does: as 8-bit RGB, light strokes on black, through
 the ordinary transform of the weights, which enlarges it to 64 x 64 (bicubic, by Pillow) and
