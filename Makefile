@@ -23,6 +23,7 @@ lint: $(STAMP)-dev
 bench: $(STAMP)-dev
 	$(BIN)/vitarium bench ops
 	$(BIN)/vitarium bench models
+	$(BIN)/vitarium bench startup
 
 gpu: $(STAMP)-dev
 	$(BIN)/python -m pytest -m gpu

@@ -446,6 +446,18 @@ def test_a_choice_that_cannot_run_raises(monkeypatch: pytest.MonkeyPatch) -> Non
         pass
 
 
+def test_choices_end_innermost_first() -> None:
+    x = {n: y.detach() for n, y in inputs((9, 9), 3, False).items()}
+
+    def chosen() -> str:
+        return explain("neighborhood", **x, kernel_size=3).chosen
+
+    with use_impl("reference"), use_impl("aten"):
+        with use_impl("reference"):
+            assert chosen() == "reference"
+        assert chosen() == "aten"
+
+
 def test_explain() -> None:
     x = {n: y.detach() for n, y in inputs((9, 9), 3, False).items()}
     for name in ("neighborhood", neighborhood_attention):

@@ -106,7 +106,8 @@ def use_impl(choice: str | Mapping[str, str]) -> Iterator[None]:
     try:
         yield
     finally:
-        _overrides.remove(mapping)
+        # by identity: an equal one further out stays in its place
+        _overrides[:] = [x for x in _overrides if x is not mapping]
 
 
 @dataclass(frozen=True)
