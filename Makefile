@@ -14,6 +14,7 @@ test: $(STAMP)-dev
 
 test-all: $(STAMP)-dev
 	$(BIN)/python -m pytest
+	$(BIN)/python tests/timm_suite.py
 
 lint: $(STAMP)-dev
 	$(BIN)/ruff check .
