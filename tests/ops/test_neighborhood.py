@@ -7,9 +7,11 @@ import shutil
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 from golden import op_case, sample
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from vitarium.ops import _select, explain, neighborhood_attention, use_impl
 
@@ -279,9 +281,13 @@ def test_layouts() -> None:
         torch.testing.assert_close(neighborhood_attention(query, key, views[0], 5), expected)
 
 
-def test_empty_batch() -> None:
-    query = torch.randn(0, 9, 9, 2, 8)
-    assert neighborhood_attention(query, query, query, 3).shape == query.shape
+@pytest.mark.parametrize("padded", [False, True])
+def test_empty_batch(padded: bool) -> None:
+    leaves = inputs((5, 9), 7 if padded else 3, padded, batch=0)
+    out = neighborhood_attention(**leaves, kernel_size=7 if padded else 3)
+    assert out.shape == leaves["query"].shape
+    for name, grad in gradients(out, leaves).items():
+        assert torch.equal(grad, torch.zeros_like(leaves[name])), name
 
 
 def test_bias_and_pad_may_have_another_precision() -> None:
@@ -392,6 +398,71 @@ def test_natten_agrees() -> None:
         expected = neighborhood_attention(**call, impl="reference")
         found = neighborhood_attention(**call, impl="natten")
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+# The dispatcher's view.
+
+
+def dispatched(size: tuple[int, int], padded: bool, biased: bool) -> tuple[object, ...]:
+    """Arguments of the op behind ``aten``."""
+    x = inputs(size, 3, padded)
+    bias = x["bias"] if biased else None
+    return x["query"], x["key"], x["value"], bias, x.get("pad"), (3, 3), (1, 2), 0.3
+
+
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize(("size", "padded"), [((5, 7), False), ((2, 7), True), ((4, 3), True)])
+def test_opcheck(size: tuple[int, int], padded: bool, biased: bool) -> None:
+    ops = torch.ops.vitarium
+    args = dispatched(size, padded, biased)
+    torch.library.opcheck(ops.neighborhood_attention_aten, args)
+    args = [x.detach() if isinstance(x, Tensor) else x for x in args]
+    torch.library.opcheck(ops.neighborhood_attention_aten_backward, (args[0], *args))
+
+
+def test_second_derivatives_are_refused() -> None:
+    leaves = inputs((5, 7), 3, False)
+    out = neighborhood_attention(**leaves, kernel_size=3, impl="aten")
+    (grad,) = torch.autograd.grad(out.sum(), leaves["query"], create_graph=True)
+    with pytest.raises(RuntimeError, match="has no gradient; impl='reference'"):
+        grad.sum().backward()
+
+
+def flops(function: object, *args: object, **kwargs: object) -> int:
+    with FlopCounterMode(display=False) as counter:
+        function(*args, **kwargs)
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize(
+    ("size", "kernel", "dilation", "padded"),
+    [((9, 14), (3, 5), 1, False), ((13, 11), 3, (4, 2), False), ((3, 9), 7, 1, True)],
+)
+def test_flops_are_the_formula(
+    size: tuple[int, int], kernel: int, dilation: int, padded: bool, device: str
+) -> None:
+    """Two products of real queries with their windows; the gradient takes five."""
+    leaves = inputs(size, kernel, padded, torch.float32)
+    leaves = {n: x.detach().to(device).requires_grad_() for n, x in leaves.items()}
+    args = dict(leaves, kernel_size=kernel, dilation=dilation)
+    window = kernel**2 if isinstance(kernel, int) else kernel[0] * kernel[1]
+    product = 2 * leaves["query"].numel() * window
+    assert flops(neighborhood_attention, **args) == 2 * product
+    if device == "cpu":
+        assert flops(neighborhood_attention, **args, impl="reference") == 2 * product
+
+    def training() -> None:
+        neighborhood_attention(**args).sum().backward()
+
+    assert flops(training) == 7 * product
+
+
+def test_flops_of_a_model_are_the_published_ones() -> None:
+    """Hassani et al., table 2: NAT-Mini takes 2.7 G multiply-adds at 224 x 224."""
+    model = timm.create_model("nat_mini", device="meta").eval()
+    image = torch.empty(1, 3, 224, 224, device="meta")
+    assert flops(model, image) / 2 == pytest.approx(2.7e9, rel=0.03)
 
 
 # Which implementation runs.

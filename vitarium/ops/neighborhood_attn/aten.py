@@ -3,20 +3,21 @@
 Tiles of queries attend to their halos of keys (see `tiles`), part after part, so that what is
 gathered stays in cache. On small maps, tiles as wide as the map pay: their queries and keys are
 slices and need no gathering. Training does not keep halos or masks: the backward pass gathers
-them again. Traced programs hold the same tiles in one part.
+them again. In eager mode all this is one op of the dispatcher, which counts as the FLOPs of its
+mathematics. Traced programs hold the same tiles, as ordinary functions in one part.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from vitarium.ops import _select
+from vitarium.ops import _dispatch, _select
 from vitarium.ops.neighborhood_attn import tiles
 
 if TYPE_CHECKING:
@@ -31,23 +32,13 @@ def unsupported(call: Call) -> str | None:
     return None
 
 
-def _geometry(call: Call) -> tiles.Geometry:
-    batch, height, width, heads, _ = call.query.shape
-    maps = ((height, width), call.padded_size, call.kernel_size, call.dilation)
-    return tiles.geometry(*maps, tiles.best_tile(batch * heads, *maps), call.query.device)
-
-
 def run(call: Call) -> Tensor:
     """Attend tile by tile; with a gradient that gathers again where one is needed."""
-    if call.query.shape[0] == 0:
-        return torch.zeros_like(call.query, memory_format=torch.contiguous_format)
     if _select.is_tracing():
         return _traced(call)
     tensors = (call.query, call.key, call.value, call.bias, call.pad)
-    geometry = _geometry(call)
-    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
-        return _Attention.apply(geometry, call.scale, *tensors)
-    return _forward(geometry, call.scale, *tensors)
+    out: Tensor = _attention(*tensors, call.kernel_size, call.dilation, call.scale)
+    return out
 
 
 # The eager computation.
@@ -136,16 +127,32 @@ def _take(rows: Tensor, index: Tensor, heads: int, buffer: Tensor | None = None)
     return taken.view(*index.shape, heads, -1)
 
 
+def _geometry(
+    query: Tensor, pad: Tensor | None, kernel_size: list[int], dilation: list[int]
+) -> tiles.Geometry:
+    batch, height, width, heads, _ = query.shape
+    (kh, kw), (dh, dw) = kernel_size, dilation
+    size = padded = (height, width)
+    if pad is not None:
+        padded = tiles.padded_size(size, (kh, kw), (dh, dw))
+    maps = (size, padded, (kh, kw), (dh, dw))
+    return tiles.geometry(*maps, tiles.best_tile(batch * heads, *maps), query.device)
+
+
 def _forward(
-    geometry: tiles.Geometry,
-    scale: float,
     query: Tensor,
     key: Tensor,
     value: Tensor,
     bias: Tensor | None,
     pad: Tensor | None,
+    kernel_size: list[int],
+    dilation: list[int],
+    scale: float,
 ) -> Tensor:
     out = torch.empty_like(query, memory_format=torch.contiguous_format)
+    if len(query) == 0:
+        return out
+    geometry = _geometry(query, pad, kernel_size, dilation)
     masks = _masks(geometry, bias, query)
     if geometry.strips is not None:
         _attend_strips(geometry.strips, scale, query, key, value, masks, out)
@@ -234,44 +241,24 @@ def _attend_fused(
     out.copy_(F.scaled_dot_product_attention(q, k, v, mask, scale=scale).transpose(1, 2))
 
 
-class _Attention(torch.autograd.Function):
-    """`_forward` with a backward pass that gathers and attends again, part by part."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        geometry: tiles.Geometry,
-        scale: float,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        bias: Tensor | None,
-        pad: Tensor | None,
-    ) -> Tensor:
-        ctx.save_for_backward(query, key, value, bias, pad)
-        ctx.geometry, ctx.scale = geometry, scale
-        return _forward(geometry, scale, query, key, value, bias, pad)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, bias, pad = ctx.saved_tensors
-        grads = _backward(ctx.geometry, ctx.scale, grad, query, key, value, bias, pad)
-        wanted = ctx.needs_input_grad[2:]
-        return None, None, *(g if want else None for g, want in zip(grads, wanted, strict=True))
-
-
 def _backward(
-    geometry: tiles.Geometry,
-    scale: float,
     grad: Tensor,
     query: Tensor,
     key: Tensor,
     value: Tensor,
     bias: Tensor | None,
     pad: Tensor | None,
-) -> tuple[Tensor | None, ...]:
-    """Gradients of query, key, value, bias and pad; half precision accumulates in float32."""
+    kernel_size: list[int],
+    dilation: list[int],
+    scale: float,
+) -> tuple[Tensor, ...]:
+    """Gradients of query, key, value, bias and pad; half precision accumulates in float32.
+
+    It gathers and attends again, part by part. The gradient of what is None has no elements.
+    """
+    if len(query) == 0:
+        return tuple(x.zero_() for x in _fake_backward(grad, query, key, value, bias, pad))
+    geometry = _geometry(query, pad, kernel_size, dilation)
     batch, heads = query.shape[0], query.shape[3]
     exact = torch.promote_types(query.dtype, torch.float32)
     pad_key, pad_value = (None, None) if pad is None else pad[1:]
@@ -304,18 +291,86 @@ def _backward(
         torch.index_select(grad_q.view(-1, queries.shape[1]), 0, group.slot, out=sums[0][at])
     sums[0] *= scale
     sums[1] *= scale
-    grad_bias = grad_pad = None
-    if bias is not None and mask_sums is not None:
+    grad_bias, grad_pad = _like(bias, query), _like(pad, query).zero_()
+    if mask_sums is not None:
         table = masks.new_zeros(heads, geometry.entries + 1)
         table.index_add_(1, geometry.entry.flatten(), mask_sums.flatten(1))
-        grad_bias = table[:, :-1].reshape(bias.shape).to(bias.dtype)
-    if pad is not None:
-        grad_pad = torch.zeros_like(pad)
-        if geometry.padded:
-            for i in (1, 2):
-                grad_pad[i] = sums[i].view(batch, -1, *pad.shape[1:])[:, -1].sum(0)
+        grad_bias.copy_(table[:, :-1].view(grad_bias.shape))
+    if pad is not None and geometry.padded:
+        for i in (1, 2):
+            grad_pad[i] = sums[i].view(batch, -1, *pad.shape[1:])[:, -1].sum(0)
     maps = (x.view(batch, -1, x.shape[1])[:, : len(geometry.slot)] for x in sums)
-    return *(x.reshape(query.shape).to(query.dtype) for x in maps), grad_bias, grad_pad
+    found = (x.reshape(query.shape).to(query.dtype).contiguous() for x in maps)
+    return *found, grad_bias, grad_pad
+
+
+def _like(x: Tensor | None, query: Tensor) -> Tensor:
+    """Memory for the gradient of an optional tensor."""
+    return query.new_empty(0 if x is None else x.shape)
+
+
+def _fake_forward(query: Tensor, *_: Any) -> Tensor:
+    return query.new_empty(query.shape)
+
+
+def _fake_backward(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    pad: Tensor | None,
+    *_: Any,
+) -> tuple[Tensor, ...]:
+    return tuple(_like(x, query) for x in (query, key, value, bias, pad))
+
+
+def _flops(query: Sequence[int], *rest: Any, **_: Any) -> int:
+    """Scores and mixing of the real positions' windows: queries and keys of padding are free."""
+    kernel_size = rest[4]
+    return 4 * math.prod(query) * math.prod(kernel_size)
+
+
+def _flops_backward(grad: Sequence[int], *rest: Any, **_: Any) -> int:
+    """As torch counts scaled_dot_product_attention: five products, the scores once more."""
+    return 10 * math.prod(grad) * math.prod(rest[5])
+
+
+_ARGUMENTS = (
+    "Tensor query, Tensor key, Tensor value, Tensor? bias, Tensor? pad, int[2] kernel_size, "
+    "int[2] dilation, float scale"
+)
+_attention_backward = _dispatch.define(
+    "neighborhood_attention_aten_backward",
+    f"(Tensor grad, {_ARGUMENTS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _backward,
+    _fake_backward,
+    _flops_backward,
+)
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    del output
+    ctx.save_for_backward(*inputs[:5])
+    ctx.shape = inputs[5:]
+
+
+def _gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    grads = _attention_backward(grad, *ctx.saved_tensors, *ctx.shape)
+    wanted = ctx.needs_input_grad[:5]
+    found = (g if want else None for g, want in zip(grads, wanted, strict=True))
+    return *found, None, None, None
+
+
+_attention = _dispatch.define(
+    "neighborhood_attention_aten",
+    f"({_ARGUMENTS}) -> Tensor",
+    _forward,
+    _fake_forward,
+    _flops,
+    _keep,
+    _gradient,
+)
 
 
 # The traced computation: the same tiles, all in one call, nothing cached or read.
@@ -323,6 +378,8 @@ def _backward(
 
 def _traced(call: Call) -> Tensor:
     batch, height, width, heads, head_dim = call.query.shape
+    if batch == 0:
+        return torch.zeros_like(call.query, memory_format=torch.contiguous_format)
     padded = call.padded_size
     size, (th, tw) = (height, width), _TRACED_TILE
     axes = []

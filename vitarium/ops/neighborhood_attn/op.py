@@ -8,7 +8,7 @@ from timm.layers import register_notrace_function
 from torch import Tensor
 
 from vitarium.ops import _select
-from vitarium.ops.neighborhood_attn import aten, natten_launch, reference
+from vitarium.ops.neighborhood_attn import aten, natten_launch, reference, tiles
 
 
 @dataclass(frozen=True)
@@ -30,8 +30,7 @@ class Call:
         height, width = self.query.shape[1:3]
         if self.pad is None:
             return height, width
-        (kh, kw), (dh, dw) = self.kernel_size, self.dilation
-        return max(height, kh * dh), max(width, kw * dw)
+        return tiles.padded_size((height, width), self.kernel_size, self.dilation)
 
 
 def _pair(name: str, value: int | tuple[int, int]) -> tuple[int, int]:

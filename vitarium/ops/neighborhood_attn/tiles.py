@@ -40,6 +40,11 @@ class Axis(NamedTuple):
     slot: Tensor
 
 
+def padded_size(size: Pair, kernel: Pair, dilation: Pair) -> Pair:
+    """The smallest map from ``size`` on that holds every class's window."""
+    return max(size[0], kernel[0] * dilation[0]), max(size[1], kernel[1] * dilation[1])
+
+
 def count(length: int, dilation: int, tile: int) -> int:
     """Tiles that the longest class of an axis takes."""
     return ((length + dilation - 1) // dilation + tile - 1) // tile

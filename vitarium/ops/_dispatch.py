@@ -1,0 +1,53 @@
+"""Eager computations as single ops of torch's dispatcher: with a shape, a gradient, a FLOP count.
+
+What looks at a program op by op (`torch.utils.flop_counter`, fake and meta tensors, dispatch
+modes) then sees what an op computes, not the parts that it happens to be computed in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import register_flop_formula
+
+
+def define(
+    name: str,
+    schema: str,
+    kernel: Callable[..., Any],
+    fake: Callable[..., Any],
+    flops: Callable[..., int],
+    setup_context: Callable[..., None] | None = None,
+    backward: Callable[..., Any] | None = None,
+) -> Callable[..., Any]:
+    """Define ``vitarium::name`` for every device.
+
+    Args:
+        name: the op's name.
+        schema: its arguments and results, ``(Tensor query, ...) -> Tensor``.
+        kernel: what computes it.
+        fake: what gives its results' shapes and strides for fake and meta tensors.
+        flops: FLOPs of a call, 2 per multiply-add; it gets shapes in the place of tensors.
+        setup_context: what the gradient keeps, as `torch.library.register_autograd` has it.
+        backward: the gradient; without one, to differentiate the op raises a RuntimeError.
+
+    Returns:
+        The op, to be called with all arguments.
+    """
+    qualified = f"vitarium::{name}"
+    torch.library.define(qualified, schema)
+    torch.library.impl(qualified, "default", kernel)
+    torch.library.register_fake(qualified, fake)
+
+    def refuse(*_: Any) -> None:
+        raise RuntimeError(
+            f"{qualified} has no gradient; impl='reference' has derivatives of every order"
+        )
+
+    torch.library.register_autograd(qualified, backward or refuse, setup_context=setup_context)
+    packet = getattr(torch.ops.vitarium, name)
+    register_flop_formula(packet)(flops)
+    op: Callable[..., Any] = packet.default
+    return op
