@@ -181,7 +181,7 @@ def _forward(
 
 
 def _attend_strips(
-    strips: tuple[tuple[slice, slice, int], ...],
+    strips: tuple[tiles.Strip, ...],
     scale: float,
     query: Tensor,
     key: Tensor,
@@ -191,10 +191,16 @@ def _attend_strips(
 ) -> None:
     """Attend where tiles are slices of the map, and write to ``out``."""
     q, k, v, o = (x.flatten(1, 2).transpose(1, 2) for x in (query, key, value, out))
+    masks = masks[None]
     for at, near, kind in strips:
-        o[:, :, at] = F.scaled_dot_product_attention(
-            q[:, :, at], k[:, :, near], v[:, :, near], masks[None, :, kind], scale=scale
+        attended = F.scaled_dot_product_attention(
+            q.narrow(2, *at),
+            k.narrow(2, *near),
+            v.narrow(2, *near),
+            masks.select(2, kind),
+            scale=scale,
         )
+        o.narrow(2, *at).copy_(attended)
 
 
 def _attend(
@@ -207,22 +213,15 @@ def _attend(
     out: Tensor,
 ) -> None:
     """Attend in every tile, [N, L, heads, head_dim]: a head at a time, without copies."""
-    for head in range(query.shape[2]):
-        weights = _weights(query, key, masks, kind, scale, head)
-        out[:, :, head] = torch.bmm(weights, value[:, :, head])
+    heads = zip(*(x.unbind(2) for x in (query, key, value, out)), strict=True)
+    for head, (q, k, v, o) in enumerate(heads):
+        o.copy_(torch.bmm(_weights(q, k, masks[head % len(masks)], kind, scale), v))
 
 
-def _weights(
-    query: Tensor,
-    key: Tensor,
-    masks: Tensor,
-    kind: Tensor,
-    scale: float,
-    head: int,
-) -> Tensor:
+def _weights(query: Tensor, key: Tensor, masks: Tensor, kind: Tensor, scale: float) -> Tensor:
     """Attention weights of one head, [N, Lq, Lk]."""
-    weights = masks[head % len(masks)].index_select(0, kind)
-    weights.baddbmm_(query[:, :, head], key[:, :, head].transpose(1, 2), alpha=scale)
+    weights = masks.index_select(0, kind)
+    weights.baddbmm_(query, key.transpose(1, 2), alpha=scale)
     return torch.softmax(weights, -1, out=weights)
 
 
@@ -276,14 +275,14 @@ def _backward(
             index, kind = group.key[part], group.kind[part]
             k, v = (_take(x[near], index, heads).to(exact) for x in (keys, values))
             grad_k, grad_v = torch.empty_like(k), torch.empty_like(v)
-            for head in range(heads):
-                hq, hk, hv, hg = (x[:, :, head] for x in (q[part], k, v, g[part]))
-                weights = _weights(q[part], k, masks, kind, scale, head)
-                grad_v[:, :, head] = torch.bmm(weights.transpose(1, 2), hg)
-                scores = torch.bmm(hg, hv.transpose(1, 2))
+            of_heads = (x.unbind(2) for x in (q[part], k, v, g[part], grad_q[part], grad_k, grad_v))
+            for head, (hq, hk, hv, hg, gq, gk, gv) in enumerate(zip(*of_heads, strict=True)):
+                weights = _weights(hq, hk, masks[head % len(masks)], kind, scale)
+                gv.copy_(torch.bmm(weights.mT, hg))
+                scores = torch.bmm(hg, hv.mT)
                 scores = torch._softmax_backward_data(scores, weights, -1, exact)
-                grad_q[part, :, head] = torch.bmm(scores, hk)
-                grad_k[:, :, head] = torch.bmm(scores.transpose(1, 2), hq)
+                gq.copy_(torch.bmm(scores, hk))
+                gk.copy_(torch.bmm(scores.mT, hq))
                 if mask_sums is not None:
                     mask_sums[head].index_add_(0, kind, scores)
             for total, x in ((sums[1], grad_k), (sums[2], grad_v)):

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 Pair = tuple[int, int]
+Strip = tuple[Pair, Pair, int]  # first query and number, first key and number, kind
 
 
 class Axis(NamedTuple):
@@ -133,7 +134,7 @@ class Geometry:
     kind: Tensor  # [tiles]: which mask
     entry: Tensor  # [kinds, Lq, Lk]: index into a head's flattened bias; behind the last: masked
     real: Tensor | None  # [tiles, Lq], where some tile repeats a query; else None
-    strips: tuple[tuple[slice, slice, int], ...] | None  # (query, key, kind), if tiles are slices
+    strips: tuple[Strip, ...] | None  # if tiles are slices of the map
     entries: int  # entries of a head's bias
     padded: bool
 
@@ -215,7 +216,7 @@ def geometry(
     strips = None
     if _is_strip(tile[1], size, padded, dilation) and bool(real.all()):
         strips = tuple(
-            (slice(q, q + query.shape[1]), slice(k, k + key.shape[1]), m)
+            ((q, query.shape[1]), (k, key.shape[1]), m)
             for q, k, m in zip(query[:, 0].tolist(), key[:, 0].tolist(), kind.tolist(), strict=True)
         )
     else:
