@@ -10,10 +10,10 @@ import pytest
 import timm
 import torch
 from golden import op_case, sample
+from harness import flops, gradients, record
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
-from vitarium.ops import _select, explain, neighborhood_attention, use_impl
+from vitarium.ops import explain, neighborhood_attention, use_impl
 
 pytestmark = pytest.mark.usefixtures("nan_memory")
 
@@ -64,18 +64,6 @@ def inputs(
     return {name: x.requires_grad_() for name, x in found.items()}
 
 
-def gradients(out: Tensor, leaves: dict[str, Tensor], seed: int = 7) -> dict[str, Tensor]:
-    """Of a random projection of ``out``, whose gradient arrives non-contiguous."""
-    generator = torch.Generator().manual_seed(seed)
-    probe = torch.randn(out.transpose(1, 3).shape, generator=generator, dtype=torch.float64)
-    probe = probe.to(out).transpose(1, 3)
-    found = torch.autograd.grad(out, list(leaves.values()), probe, allow_unused=True)
-    zeros = (
-        torch.zeros_like(x) if g is None else g for g, x in zip(found, leaves.values(), strict=True)
-    )
-    return dict(zip(leaves, zeros, strict=True))
-
-
 @pytest.mark.parametrize("impl", EXACT)
 @pytest.mark.parametrize("path", GOLDENS, ids=lambda path: path.stem)
 def test_golden(path: Path, impl: str) -> None:
@@ -121,13 +109,13 @@ def test_aten_equals_the_definition(
 
 def test_parts_and_images_do_not_mix(monkeypatch: pytest.MonkeyPatch) -> None:
     """Many parts, several images a part, and one tile a part give the same numbers."""
-    from vitarium.ops.neighborhood_attn import aten
+    from vitarium.ops.neighborhood_attn import gather
 
     leaves = inputs((12, 24), 5, False, batch=4)
     expected = neighborhood_attention(**leaves, kernel_size=5, impl="reference")
     wanted = gradients(expected, leaves)
     for chunk in (1, 1 << 13, 1 << 15, 1 << 30):
-        monkeypatch.setattr(aten, "_CHUNK", chunk)
+        monkeypatch.setattr(gather, "CHUNK", chunk)
         out = neighborhood_attention(**leaves, kernel_size=5)
         torch.testing.assert_close(out, expected)
         for name, grad in gradients(out, leaves).items():
@@ -428,12 +416,6 @@ def test_second_derivatives_are_refused() -> None:
         grad.sum().backward()
 
 
-def flops(function: object, *args: object, **kwargs: object) -> int:
-    with FlopCounterMode(display=False) as counter:
-        function(*args, **kwargs)
-    return counter.get_total_flops()
-
-
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 @pytest.mark.parametrize(
     ("size", "kernel", "dilation", "padded"),
@@ -470,20 +452,7 @@ def test_flops_of_a_model_are_the_published_ones() -> None:
 
 def test_which_implementation_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     x = {n: y.detach() for n, y in inputs((9, 9), 3, False).items()}
-    ran = []
-    op = _select.ops["neighborhood"]
-    for name, implementation in op.implementations.items():
-        run = implementation.run
-
-        def spy(call: object, name: str = name, run=run) -> Tensor:
-            ran.append(name)
-            return run(call)
-
-        monkeypatch.setitem(
-            op.implementations,
-            name,
-            _select.Implementation(spy, implementation.unsupported, implementation.automatic),
-        )
+    ran = record(monkeypatch, "neighborhood")
     monkeypatch.delenv("VITARIUM_OPS", raising=False)
     neighborhood_attention(**x, kernel_size=3)
     neighborhood_attention(**x, kernel_size=3, impl="reference")

@@ -20,6 +20,8 @@ def test_report(program, monkeypatch, tmp_path):
     start = lines.index("neighborhood on cpu, with position bias (NAT): aten")
     assert lines[start + 1].startswith("  not reference: only on request")
     assert lines[start + 2].startswith("  not natten: ")
+    assert "neighborhood_scores on cpu, with position bias: aten" in lines
+    assert "neighborhood_mix on cpu, any weights: aten" in lines
     cache.mkdir(parents=True)
     (cache / "x.pth").write_bytes(bytes(2**20))
     assert f"cached weights: {cache} (1 files, 1.0 MiB)" in program("doctor").out

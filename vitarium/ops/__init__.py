@@ -2,5 +2,13 @@
 
 from vitarium.ops._select import Explanation, explain, use_impl
 from vitarium.ops.neighborhood_attn.op import neighborhood_attention
+from vitarium.ops.neighborhood_parts.op import neighborhood_mix, neighborhood_scores
 
-__all__ = ["Explanation", "explain", "neighborhood_attention", "use_impl"]
+__all__ = [
+    "Explanation",
+    "explain",
+    "neighborhood_attention",
+    "neighborhood_mix",
+    "neighborhood_scores",
+    "use_impl",
+]

@@ -98,6 +98,20 @@ def _neighborhood(device: torch.device) -> dict[str, dict[str, Any]]:
     }
 
 
+def _neighborhood_scores(device: torch.device) -> dict[str, dict[str, Any]]:
+    call = _neighborhood(device)["with position bias (NAT)"]
+    return {"with position bias": {name: x for name, x in call.items() if name != "value"}}
+
+
+def _neighborhood_mix(device: torch.device) -> dict[str, dict[str, Any]]:
+    call = _neighborhood(device)["without bias"]
+    value, kernel = call["value"], call["kernel_size"]
+    weights = value.new_zeros(*value.shape[:4], kernel**2)
+    return {"any weights": {"weights": weights, "value": value, "kernel_size": kernel}}
+
+
 _CALLS: dict[str, Callable[[torch.device], dict[str, dict[str, Any]]]] = {
     "neighborhood": _neighborhood,
+    "neighborhood_scores": _neighborhood_scores,
+    "neighborhood_mix": _neighborhood_mix,
 }

@@ -10,21 +10,18 @@ mathematics. Traced programs hold the same tiles, as ordinary functions in one p
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from vitarium.ops import _dispatch, _select
-from vitarium.ops.neighborhood_attn import tiles
+from vitarium.ops.neighborhood_attn import gather, tiles
 
 if TYPE_CHECKING:
     from vitarium.ops.neighborhood_attn.op import Call
-
-_CHUNK = 1 << 18  # elements that are worked on at a time, so that they stay in cache
-_TRACED_TILE = (4, 7)
 
 
 def unsupported(call: Call) -> str | None:
@@ -44,15 +41,10 @@ def run(call: Call) -> Tensor:
 # The eager computation.
 
 
-def _rows(x: Tensor) -> Tensor:
-    """[B, H, W, heads, head_dim] -> [B * H * W, channels], a view where its strides allow."""
-    return x.reshape(-1, x.shape[3] * x.shape[4])
-
-
 def _key_rows(geometry: tiles.Geometry, x: Tensor, pad: Tensor | None) -> Tensor:
     """Like `_rows`; on a padded map every image has the padded position's row behind its own."""
     if pad is None or not geometry.padded:
-        return _rows(x)
+        return gather.rows(x)
     flat = x.flatten(1, 2)
     return torch.cat([flat, pad.expand(len(x), 1, -1, -1)], 1).flatten(2).flatten(0, 1)
 
@@ -63,68 +55,6 @@ def _masks(geometry: tiles.Geometry, bias: Tensor | None, like: Tensor) -> Tenso
         bias = like.new_zeros(1, 1, geometry.entries)
     table = F.pad(bias.flatten(1), (0, 1), value=float("-inf"))
     return table.index_select(1, geometry.entry.flatten()).view(-1, *geometry.entry.shape)
-
-
-class _Group(NamedTuple):
-    """Tables of some images at once; positions count through all of them."""
-
-    query: Tensor  # [N, Lq]
-    slot: Tensor  # [positions]
-    key: Tensor  # [N, Lk]
-    kind: Tensor  # [N]
-    real: Tensor | None  # [N, Lq]
-
-
-def _group(geometry: tiles.Geometry, images: int, keys: int) -> _Group:
-    """Tables of ``images`` images; ``keys`` is the number of rows that an image's keys have."""
-    real = geometry.real
-    if images == 1:
-        return _Group(geometry.query, geometry.slot, geometry.key, geometry.kind, real)
-    image = torch.arange(images, device=geometry.kind.device)[:, None]
-    many = image[..., None]
-    return _Group(
-        (geometry.query + many * len(geometry.slot)).flatten(0, 1),
-        (geometry.slot + image * geometry.query.numel()).flatten(),
-        (geometry.key + many * keys).flatten(0, 1),
-        geometry.kind.repeat(images),
-        None if real is None else real.repeat(images, 1),
-    )
-
-
-def _groups(
-    geometry: tiles.Geometry, batch: int, keys: int, channels: int
-) -> Iterator[tuple[_Group, slice, slice, list[slice]]]:
-    """Cut the work into groups of images, and those into parts of tiles that stay in cache.
-
-    Yields:
-        tables of the group, its rows among the queries, its rows among the keys, parts of its
-        tiles.
-    """
-    count, weight = len(geometry.kind), geometry.key.shape[1] * channels
-    step, images = max(1, _CHUNK // weight), max(1, _CHUNK // (count * weight))
-    group = None
-    for first in range(0, batch, images):
-        number = min(images, batch - first)
-        if group is None or number != images:
-            group = _group(geometry, number, keys)
-        positions = len(geometry.slot)
-        yield (
-            group,
-            slice(first * positions, (first + number) * positions),
-            slice(first * keys, (first + number) * keys),
-            [slice(i, i + step) for i in range(0, number * count, step)],
-        )
-
-
-def _take(rows: Tensor, index: Tensor, heads: int, buffer: Tensor | None = None) -> Tensor:
-    """Rows at [N, L] -> [N, L, heads, head_dim], in memory of their own or in that of ``buffer``.
-
-    Parts that come one after the other share a buffer: new memory for each costs as much as
-    filling it.
-    """
-    out = None if buffer is None else buffer[: index.numel()]
-    taken = torch.index_select(rows, 0, index.flatten(), out=out)
-    return taken.view(*index.shape, heads, -1)
 
 
 def _geometry(
@@ -159,12 +89,12 @@ def _forward(
         return out
     batch, heads = query.shape[0], query.shape[3]
     pad_key, pad_value = (None, None) if pad is None else pad[1:]
-    queries, keys = _rows(query), _key_rows(geometry, key, pad_key)
-    values, outs = _key_rows(geometry, value, pad_value), _rows(out)
+    queries, keys = gather.rows(query), _key_rows(geometry, key, pad_key)
+    values, outs = _key_rows(geometry, value, pad_value), gather.rows(out)
     attend = _attend if torch.finfo(query.dtype).bits >= 32 else _attend_fused
     buffers = None
-    for group, at, near, parts in _groups(geometry, batch, len(keys) // batch, keys.shape[1]):
-        q = _take(queries[at], group.query, heads)
+    for group, at, near, parts in gather.groups(geometry, batch, len(keys) // batch, keys.shape[1]):
+        q = gather.take(queries[at], group.query, heads)
         attended = torch.empty_like(q)
         if buffers is None:
             longest = group.key[parts[0]].numel()
@@ -172,7 +102,7 @@ def _forward(
         for part in parts:
             index = group.key[part]
             k, v = (
-                _take(x[near], index, heads, buffer)
+                gather.take(x[near], index, heads, buffer)
                 for x, buffer in zip((keys, values), buffers, strict=True)
             )
             attend(q[part], k, v, masks, group.kind[part], scale, attended[part])
@@ -261,19 +191,19 @@ def _backward(
     batch, heads = query.shape[0], query.shape[3]
     exact = torch.promote_types(query.dtype, torch.float32)
     pad_key, pad_value = (None, None) if pad is None else pad[1:]
-    queries, grads = _rows(query), _rows(grad)
+    queries, grads = gather.rows(query), gather.rows(grad)
     keys, values = _key_rows(geometry, key, pad_key), _key_rows(geometry, value, pad_value)
     sums = [torch.zeros_like(x, dtype=exact) for x in (queries, keys, values)]
     masks = _masks(geometry, bias, query).to(exact)
     mask_sums = torch.zeros_like(masks) if bias is not None else None
-    for group, at, near, parts in _groups(geometry, batch, len(keys) // batch, keys.shape[1]):
-        q, g = (_take(x[at], group.query, heads).to(exact) for x in (queries, grads))
+    for group, at, near, parts in gather.groups(geometry, batch, len(keys) // batch, keys.shape[1]):
+        q, g = (gather.take(x[at], group.query, heads).to(exact) for x in (queries, grads))
         if group.real is not None:
             g = g * group.real[..., None, None]  # a repeated query counts once
         grad_q = torch.empty_like(q)
         for part in parts:
             index, kind = group.key[part], group.kind[part]
-            k, v = (_take(x[near], index, heads).to(exact) for x in (keys, values))
+            k, v = (gather.take(x[near], index, heads).to(exact) for x in (keys, values))
             grad_k, grad_v = torch.empty_like(k), torch.empty_like(v)
             of_heads = (x.unbind(2) for x in (q[part], k, v, g[part], grad_q[part], grad_k, grad_v))
             for head, (hq, hk, hv, hg, gq, gk, gv) in enumerate(zip(*of_heads, strict=True)):
@@ -376,32 +306,16 @@ _attention = _dispatch.define(
 
 
 def _traced(call: Call) -> Tensor:
-    batch, height, width, heads, head_dim = call.query.shape
-    if batch == 0:
-        return torch.zeros_like(call.query, memory_format=torch.contiguous_format)
+    batch, height, width, heads, _ = call.query.shape
     padded = call.padded_size
-    size, (th, tw) = (height, width), _TRACED_TILE
-    axes = []
-    for length, full, k, d, tile in zip(
-        size, padded, call.kernel_size, call.dilation, _TRACED_TILE, strict=True
-    ):
-        # at least two: torch makes programs of their own for sizes of one
-        number: Any = torch.sym_max(tiles.count(length, d, tile), 2)
-        axes.append(tiles.axis(length, full, k, d, tile, number, tile + k - 1, call.query.device))
-    rows, columns = axes
-    at = tiles.positions(rows.query, columns.query, size)
-    near = tiles.positions(rows.key, columns.key, size)
-    entry = tiles.entries(rows.entry, columns.entry, call.kernel_size)
+    size = (height, width)
+    traced = tiles.traced(size, padded, call.kernel_size, call.dilation, call.query.device)
+    entry = tiles.entries(traced.rows.entry, traced.columns.entry, call.kernel_size)
 
     key, value = (x.flatten(3).flatten(1, 2) for x in (call.key, call.value))
     if call.pad is not None and padded != size:
         fill = call.pad.flatten(1)[:, None, None].expand(-1, batch, -1, -1)
         key, value = torch.cat([key, fill[1]], 1), torch.cat([value, fill[2]], 1)
-
-    def take(x: Tensor, index: Tensor) -> Tensor:
-        # images and tiles share an axis: of five-dimensional attention inductor makes nonsense
-        taken = x[:, index].flatten(0, 1)
-        return taken.unflatten(2, (heads, head_dim)).transpose(1, 2)
 
     bias = call.bias
     if bias is None:
@@ -409,14 +323,10 @@ def _traced(call: Call) -> Tensor:
     table = F.pad(bias.flatten(1), (0, 1), value=float("-inf"))
     mask = table[:, entry].transpose(0, 1)  # [tiles, heads or 1, Lq, Lk]
     out = F.scaled_dot_product_attention(
-        take(call.query.flatten(3).flatten(1, 2), at),
-        take(key, near),
-        take(value, near),
+        gather.tiles_of(call.query.flatten(3).flatten(1, 2), traced.query, heads),
+        gather.tiles_of(key, traced.key, heads),
+        gather.tiles_of(value, traced.key, heads),
         attn_mask=mask.repeat(batch, 1, 1, 1),
         scale=call.scale,
     )
-    # tiles are [rows of tiles, columns of tiles], queries in them [rows, columns]
-    index = (rows.slot // th)[:, None] * columns.query.shape[0] + columns.slot // tw
-    slot = (index * th + (rows.slot % th)[:, None]) * tw + columns.slot % tw
-    out = out.transpose(1, 2).reshape(batch, -1, heads, head_dim)
-    return out[:, slot]
+    return gather.map_of(out, batch, traced)

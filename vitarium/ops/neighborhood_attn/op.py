@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from timm.layers import register_notrace_function
 from torch import Tensor
 
-from vitarium.ops import _select
+from vitarium.ops import _checks, _select
 from vitarium.ops.neighborhood_attn import aten, natten_launch, reference, tiles
 
 
@@ -33,17 +33,6 @@ class Call:
         return tiles.padded_size((height, width), self.kernel_size, self.dilation)
 
 
-def _pair(name: str, value: int | tuple[int, int]) -> tuple[int, int]:
-    pair = (value, value) if isinstance(value, int) else value
-    if (
-        not isinstance(pair, (tuple, list))
-        or len(pair) != 2
-        or not all(isinstance(n, int) and not isinstance(n, bool) and n >= 1 for n in pair)
-    ):
-        raise ValueError(f"{name}: expected a positive int or a pair of them, got {value!r}")
-    return pair[0], pair[1]
-
-
 def _prepare(
     query: Tensor,
     key: Tensor,
@@ -54,65 +43,17 @@ def _prepare(
     scale: float | None = None,
     pad: Tensor | None = None,
 ) -> Call:
-    for name, tensor in (("query", query), ("key", key), ("value", value)):
-        if not isinstance(tensor, Tensor):
-            raise ValueError(f"{name}: expected a tensor, got {type(tensor).__name__}")
-        if tensor.ndim != 5:
-            raise ValueError(
-                f"{name}: expected rank 5, [B, H, W, heads, head_dim], got shape "
-                f"{tuple(tensor.shape)}"
-            )
-        if not tensor.is_floating_point():
-            raise ValueError(f"{name}: expected a floating-point tensor, got {tensor.dtype}")
-        if tensor.shape != query.shape:
-            raise ValueError(
-                f"{name}: expected query's shape {tuple(query.shape)}, got {tuple(tensor.shape)}"
-            )
-        if tensor.dtype != query.dtype or tensor.device != query.device:
-            raise ValueError(
-                f"{name}: expected query's dtype and device ({query.dtype}, {query.device}), "
-                f"got {tensor.dtype}, {tensor.device}"
-            )
-    _, height, width, heads, head_dim = query.shape
-    for name, size in (("H", height), ("W", width), ("heads", heads), ("head_dim", head_dim)):
-        if size < 1:
-            raise ValueError(f"query: expected {name} >= 1, got shape {tuple(query.shape)}")
-    kernel = _pair("kernel_size", kernel_size)
-    if kernel[0] % 2 == 0 or kernel[1] % 2 == 0:
-        raise ValueError(f"kernel_size: expected odd sizes, got {kernel_size!r}")
-    dilation = _pair("dilation", dilation)
-    for name, extra, shape in (
-        ("bias", bias, (heads, 2 * kernel[0] - 1, 2 * kernel[1] - 1)),
-        ("pad", pad, (3, heads, head_dim)),
-    ):
-        if extra is None:
-            continue
-        if not isinstance(extra, Tensor) or not extra.is_floating_point():
-            got = extra.dtype if isinstance(extra, Tensor) else type(extra).__name__
-            raise ValueError(f"{name}: expected a floating-point tensor, got {got}")
-        if tuple(extra.shape) != shape:
-            raise ValueError(f"{name}: expected shape {shape}, got {tuple(extra.shape)}")
-        if extra.device != query.device:
-            raise ValueError(f"{name}: expected device {query.device}, got {extra.device}")
+    _checks.maps(query=query, key=key, value=value)
+    kernel, step = _checks.window(kernel_size, dilation)
+    heads, head_dim = query.shape[3:]
+    bias = _checks.parameter("bias", bias, (heads, 2 * kernel[0] - 1, 2 * kernel[1] - 1), query)
+    pad = _checks.parameter("pad", pad, (3, heads, head_dim), query)
     if pad is None:
-        for axis, size, k, d in zip("HW", (height, width), kernel, dilation, strict=True):
-            if k * d > size:
-                raise ValueError(
-                    f"kernel_size: expected kernel_size * dilation <= {axis} = {size}, got "
-                    f"{k} * {d} (give pad= to attend on a padded map)"
-                )
+        _checks.fits(query, kernel, step, " (give pad= to attend on a padded map)")
     if scale is not None and not isinstance(scale, (int, float)):
         raise ValueError(f"scale: expected a number, got {type(scale).__name__}")
-    return Call(
-        query,
-        key,
-        value,
-        kernel,
-        dilation,
-        None if bias is None else bias.to(query.dtype),
-        head_dim**-0.5 if scale is None else float(scale),
-        None if pad is None else pad.to(query.dtype),
-    )
+    scale = head_dim**-0.5 if scale is None else float(scale)
+    return Call(query, key, value, kernel, step, bias, scale, pad)
 
 
 _op = _select.register(

@@ -22,7 +22,7 @@ def unsupported(call: Call) -> str | None:
     return None
 
 
-def _axis(length: int, padded: int, kernel: int, dilation: int) -> tuple[Tensor, Tensor]:
+def neighbors(length: int, padded: int, kernel: int, dilation: int) -> tuple[Tensor, Tensor]:
     """Neighbors of the first ``length`` positions of an axis: indices and bias entries [L, K]."""
     index = torch.arange(length)
     residue, rank = index % dilation, index // dilation
@@ -45,8 +45,8 @@ def run(call: Call) -> Tensor:
             torch.cat([torch.cat([x, fill.expand(below)], 1), fill.expand(right)], 2)
             for x, fill in ((key, pad[1]), (value, pad[2]))
         )
-    rows, row_bias = _axis(height, padded_height, call.kernel_size[0], call.dilation[0])
-    columns, column_bias = _axis(width, padded_width, call.kernel_size[1], call.dilation[1])
+    rows, row_bias = neighbors(height, padded_height, call.kernel_size[0], call.dilation[0])
+    columns, column_bias = neighbors(width, padded_width, call.kernel_size[1], call.dilation[1])
     rows, columns = rows[:, None, :, None], columns[None, :, None, :]  # [H, W, kh, kw]
     neighbors_k, neighbors_v = key[:, rows, columns], value[:, rows, columns]
     scores = torch.einsum("bhwnd,bhwklnd->bnhwkl", query * call.scale, neighbors_k)

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +23,7 @@ from torch import Tensor
 
 Pair = tuple[int, int]
 Strip = tuple[Pair, Pair, int]  # first query and number, first key and number, kind
+_TRACED_TILE = (4, 7)
 
 
 class Axis(NamedTuple):
@@ -124,6 +125,45 @@ def entries(rows: Tensor, columns: Tensor, kernel: Pair) -> Tensor:
     return entry.flatten(3).flatten(1, 2)
 
 
+def windows(rows: Tensor, columns: Tensor, kernel: Pair) -> Tensor:
+    """Where in its halo a query's neighbors stand: [R, m, k], [C, n, l] -> [R * C, m * n, kh * kw].
+
+    The arguments are bias entries, as for `entries`: of windows' first keys on, -1 before.
+    """
+    across = columns.shape[2]
+    i, j = pair(*((x >= 0).int().argmax(-1) for x in (rows, columns)))
+    i = i[:, :, None, None] + torch.arange(kernel[0], device=rows.device)
+    j = j[:, None, :, None] + torch.arange(kernel[1], device=rows.device)
+    return (i[..., None] * across + j[..., None, :]).flatten(3).flatten(1, 2)
+
+
+class Traced(NamedTuple):
+    """Tiles of a map whose sizes may be unknown: every tile with its own mask and windows."""
+
+    rows: Axis
+    columns: Axis
+    query: Tensor  # [tiles, Lq]: positions
+    key: Tensor  # [tiles, Lk]: positions; one behind the last is the padded position
+    slot: Tensor  # [H, W]: where in the flattened queries
+
+
+def traced(size: Pair, padded: Pair, kernel: Pair, dilation: Pair, device: torch.device) -> Traced:
+    """Cut a map as traced programs do, into tiles that fit every size."""
+    axes = []
+    th, tw = _TRACED_TILE
+    for length, full, k, d, tile in zip(size, padded, kernel, dilation, (th, tw), strict=True):
+        # at least two: torch makes programs of their own for sizes of one
+        number: Any = torch.sym_max(count(length, d, tile), 2)
+        axes.append(axis(length, full, k, d, tile, number, tile + k - 1, device))
+    rows, columns = axes
+    query = positions(rows.query, columns.query, size)
+    key = positions(rows.key, columns.key, size)
+    # tiles are [rows of tiles, columns of tiles], queries in them [rows, columns]
+    index = (rows.slot // th)[:, None] * columns.query.shape[0] + columns.slot // tw
+    slot = (index * th + (rows.slot % th)[:, None]) * tw + columns.slot % tw
+    return Traced(rows, columns, query, key, slot)
+
+
 @dataclass(frozen=True)
 class Geometry:
     """Tiles of a map, and the masks that they share."""
@@ -133,6 +173,7 @@ class Geometry:
     key: Tensor  # [tiles, Lk]: positions; one behind the last is the padded position
     kind: Tensor  # [tiles]: which mask
     entry: Tensor  # [kinds, Lq, Lk]: index into a head's flattened bias; behind the last: masked
+    window: Tensor  # [kinds, Lq, kh * kw]: where in the keys a query's neighbors stand
     real: Tensor | None  # [tiles, Lq], where some tile repeats a query; else None
     strips: tuple[Strip, ...] | None  # if tiles are slices of the map
     entries: int  # entries of a head's bias
@@ -204,7 +245,7 @@ def geometry(
     key = positions(rows.key, columns.key, size)
     real_rows, real_columns = pair(rows.real, columns.real)
     real = (real_rows[:, :, None] & real_columns[:, None]).flatten(1)
-    entry = entries(kinds[0], kinds[1], kernel)
+    entry, window = (x(kinds[0], kinds[1], kernel) for x in (entries, windows))
     row_kind, column_kind = pair(*of_axis)
     kind = row_kind * len(kinds[1]) + column_kind
     used = real.any(1)
@@ -229,6 +270,7 @@ def geometry(
         key.to(device),
         kind.to(device),
         entry.to(device),
+        window.to(device),
         None if bool(real.all()) else real.to(device),
         strips,
         masked,

@@ -1,0 +1,1 @@
+"""The two products of neighborhood attention, each by itself."""
