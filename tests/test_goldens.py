@@ -9,6 +9,8 @@ import timm
 import torch
 
 from vitarium import checkpoints
+from vitarium.backbones import dinat_isotropic
+from vitarium.backbones._blocks import NeighborhoodAttention
 from vitarium.backbones._registry import entries
 from vitarium.heads.features import FeatureBackbone
 
@@ -60,7 +62,7 @@ def test_manifest(case):
     assert report.whole, report
 
     inner = model.model if row["api"] == "features" else model
-    renames = entries()[row["entry"]]._RENAMES
+    renames = entries()[row["entry"].partition(".")[0]]._RENAMES
     back = renames.to_authors(inner.state_dict())
     assert {name: tuple(tensor.shape) for name, tensor in back.items()} == shapes
 
@@ -78,25 +80,45 @@ def test_case(case, ops_run):
 
     image = golden.normal(description["seed"], description["input_shape"]).requires_grad_()
     outputs = outputs_of(model, row["api"], image)
-    assert outputs.keys() == shapes.keys()
-    for name, out in outputs.items():
-        assert_close(out, expected[name], shapes[name], name)
+    assert shapes.keys() <= outputs.keys()
+    for name, shape in shapes.items():
+        assert_close(outputs[name], expected[name], shape, name)
 
     main = outputs.get("logits", list(outputs.values())[-1])
     (main * golden.normal(description["seed"] + 1, main.shape)).sum().backward()
     assert_close(image.grad, expected["grad_input"], list(image.shape), "grad_input")
-    assert ops_run
+    neighborhoods = any(isinstance(m, NeighborhoodAttention) for m in model.modules())
+    assert bool(ops_run) == neighborhoods
 
 
 def outputs_of(model, api, image):
-    """All recorded outputs; the gradient flows from ``logits``, or else from the last one."""
+    """All that is recorded of one family or another, the map or logits with the gradient last."""
     if api == "features":
         return {f"stage{i}": y for i, y in zip(model.out_indices, model(image), strict=True)}
     with torch.no_grad():
+        embedded = model.patch_embed(image).permute(0, 3, 1, 2)
         final, stages = model.forward_intermediates(image)
         pooled = model.forward_head(final, pre_logits=True)
     return {
         "logits": model(image),
         "pooled": pooled,
+        "embed": embedded,
+        "tokens": stages[-1],
         **{f"stage{i}": y for i, y in enumerate(stages)},
     }
+
+
+@pytest.mark.parametrize("case", [case for case in ROWS if case.startswith("vitrpb")])
+def test_authors_buffers(case):
+    """ViT-rpb's published files hold an index of every block: it is dropped, and can be rebuilt."""
+    path, row = ROWS[case]
+    constants = json.loads(path.with_suffix(".json").read_text())["constants"]
+    model = timm.create_model(row["entry"])
+    buffers = entries()[row["entry"]]._BUFFERS(model)
+    assert {name: list(tensor.shape) for name, tensor in buffers.items()} == constants
+    index = buffers["layers.0.attn.relative_position_index"]
+    table = model.layers[0].attn.rpb
+    bias = table.flatten(1)[:, index]
+    assert torch.equal(bias, dinat_isotropic.position_bias(table, 14, 14)[0])
+    report = checkpoints.load(model, {**model.state_dict(), **buffers})
+    assert set(report.matched) == set(model.state_dict())

@@ -2,6 +2,7 @@
 
 import ast
 import json
+import re
 import sys
 import types
 import warnings
@@ -44,14 +45,13 @@ def test_a_family_has_small_and_tagged_entries_of_its_name(family):
     atto = timm.create_model(f"{family}_atto", device="meta")
     assert sum(p.numel() for p in atto.parameters()) <= 1_500_000
     for name in names:
-        assert name.startswith(f"{family}_")
-        assert name == name.lower()
+        assert re.fullmatch("[a-z][a-z0-9]*(_[a-z0-9]+)+", name)
         assert model_entrypoint(name).__module__ == f"vitarium.backbones.{family}"
         cfgs = get_arch_pretrained_cfgs(name)
         assert cfgs
         for full, cfg in cfgs.items():
             assert full == f"{name}.{cfg.tag}"
-            assert cfg.license
+            assert bool(cfg.license) == (full in _registry.entries()[name]._WEIGHTS)
             assert cfg.paper_ids
 
 

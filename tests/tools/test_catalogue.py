@@ -6,6 +6,8 @@ import timm
 from vitarium.backbones._registry import entries
 from vitarium.tools import catalogue
 
+MODELS = catalogue._PACKAGE / "models.json"
+
 
 def test_the_generated_files_are_fresh(capsys):
     assert catalogue.main(["--check"]) == 0, capsys.readouterr().err
@@ -25,11 +27,24 @@ def test_every_tag_of_every_entry_has_a_row():
 def test_a_row_s_facts_are_the_model_s():
     row = next(row for row in catalogue.records() if row["entry"] == "nat_mini")
     assert row["params"] == 19_984_174
-    assert (row["gflops"], row["top1"]) == (2.7, 81.8)
+    assert (row["published_gflops"], row["top1"]) == (2.7, 81.8)
     assert row["channels"] == [64, 128, 256, 512]
     assert row["strides"] == [4, 8, 16, 32]
     assert row["ops"] == ["neighborhood"]
     assert row["licence"] == {"code": "MIT", "weights": "none stated"}
+
+
+def test_counted_operations_are_the_published_ones():
+    rows = [row for row in json.loads(MODELS.read_text()) if row["published_gflops"]]
+    assert len(rows) > 20
+    for row in rows:
+        assert row["gflops"] == pytest.approx(row["published_gflops"], rel=0.03), row["name"]
+
+
+def test_ops_are_those_that_run():
+    rows = {row["entry"]: row["ops"] for row in json.loads(MODELS.read_text())}
+    assert rows["dinat_s_tiny"] == rows["nat_isotropic_small"] == ["neighborhood"]
+    assert rows["vitrpb_small"] == []
 
 
 def test_stale_files_are_told_and_written(tmp_path, monkeypatch, capsys):

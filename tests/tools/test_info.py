@@ -10,7 +10,8 @@ def test_tells_all_facts(program):
     facts = {name: fact.strip() for name, fact in facts.items()}
     assert facts["model"] == "nat_tiny.shi_in1k"
     assert facts["params"] == "27,901,582"
-    assert facts["GFLOPs"].startswith("4.3 multiply-adds (README of ")
+    assert facts["GFLOPs"] == "4.29 multiply-adds, counted at 224 x 224"
+    assert facts["published"].startswith("4.3 GFLOPs (README of ")
     assert facts["top-1"].startswith("83.2 % (README of ")
     assert facts["input"].startswith("224 x 224")
     assert facts["channels"] == "64, 128, 256, 512 at strides 4, 8, 16, 32"

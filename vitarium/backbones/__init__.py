@@ -1,3 +1,6 @@
 """Every backbone family; importing this registers them with timm."""
 
+from vitarium.backbones.dinat import *
+from vitarium.backbones.dinat_isotropic import *
+from vitarium.backbones.dinat_s import *
 from vitarium.backbones.nat import *

@@ -139,6 +139,13 @@ def build(
     return build_model_with_cfg(create, variant, False, **kwargs)
 
 
+def source_cfg(weight: Weight | None) -> dict[str, Any]:
+    """What a tag's cfg tells timm about its weight file; nothing where there is none."""
+    if weight is None:
+        return {}
+    return {"url": weight.url, "file": packaged(weight), "license": weight.licence}
+
+
 def packaged(weight: Weight) -> str | None:
     """Path of a weight file that ships inside this package, or None where it is not there."""
     path = Path(__file__).parent / "weights" / (weight.file or "")

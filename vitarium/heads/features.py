@@ -29,8 +29,8 @@ class FeatureBackbone(nn.Module):
         out_indices: ascending indices of the maps, from 0; negative ones count from the last
             one. None for all maps of a vitarium model, and for timm's own choice of another.
         task: ``det`` or ``seg`` for the form that a family's authors give their backbone in
-            detection or segmentation, such as a norm for each map; None for the maps as they
-            are in the classifier.
+            detection or segmentation, such as a norm for each map or other dilations; None for
+            the maps as they are in the classifier.
         checkpoint: a file, or what such a file holds, to load: of the classifier, of a detector
             around the backbone, or of this module.
         **model_kwargs: further arguments of ``timm.create_model``.
@@ -71,6 +71,9 @@ class FeatureBackbone(nn.Module):
             info = model.feature_info
             self.out_indices = _ascending(name, info.out_indices, len(info))
         else:
+            adapt_kwargs = getattr(family, "dense_kwargs", None)
+            if task is not None and adapt_kwargs is not None:
+                model_kwargs = adapt_kwargs(name.partition(".")[0], task, model_kwargs)
             model = timm.create_model(name, **model_kwargs)
             info = model.feature_info
             self.out_indices = _ascending(name, out_indices, len(info))

@@ -1,0 +1,206 @@
+"""DiNAT: Dilated Neighborhood Attention Transformer (Hassani & Shi, 2022, arXiv 2209.15001).
+
+Authors' code: SHI-Labs/Neighborhood-Attention-Transformer, commit d334f5b, MIT licence.
+
+NAT in which every second block's window is dilated, so that it reaches over most of the map at the
+price of a small one. Any image of at least 32 x 32 pixels works.
+
+Quirks:
+    - Blocks are counted in each level: its even ones (0, 2, ...) have dilation 1, its odd ones the
+      level's dilation. NAT and DiNAT of one size have the same parameters.
+    - ``dinat_small`` has no layer scale, though ``nat_small`` has.
+    - The 384-pixel model with 7 x 7 windows has other dilations (13, 6, 3) than the 224-pixel one;
+      the one with 11 x 11 windows keeps 8, 4, 2.
+    - Detection and segmentation have dilations of their own, see `dense_kwargs`.
+    - A map smaller than kernel x dilation is padded to it, as in NAT, block by block.
+    - The authors trained with stochastic depth of 0.2 (mini, tiny), 0.3 (small), 0.5 (base), 0.35
+      (large) and 0.2 (large on ImageNet-22k).
+
+Shapes: B images, H x W tokens of the level at hand, C channels. Tokens are [B, H, W, C].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+from timm.models import generate_default_cfgs
+
+from vitarium.backbones._blocks import DensePyramid, checkpoint_filter_fn, cycled
+from vitarium.backbones._registry import Published, build, register, source_cfg
+from vitarium.backbones.nat import NAT
+from vitarium.checkpoints import Renames, Weight
+
+__all__ = ["DiNAT"]
+
+
+class DiNAT(NAT):
+    """Dilated Neighborhood Attention Transformer: NAT with ``dilations``."""
+
+
+_RENAMES = Renames(())  # the authors' names are ours
+_CODE_LICENCE = "MIT"
+_README = "README of SHI-Labs/Neighborhood-Attention-Transformer, d334f5b"
+_PUBLISHED = {
+    "dinat_mini.shi_in1k": Published(top1=81.8, gflops=2.7, source=_README),
+    "dinat_tiny.shi_in1k": Published(top1=82.7, gflops=4.3, source=_README),
+    "dinat_small.shi_in1k": Published(top1=83.8, gflops=7.8, source=_README),
+    "dinat_base.shi_in1k": Published(top1=84.4, gflops=13.7, source=_README),
+    "dinat_large.shi_in22k_ft_in1k": Published(top1=86.6, gflops=30.6, source=_README),
+    "dinat_large_384.shi_in22k_ft_in1k": Published(top1=87.4, gflops=89.7, source=_README),
+    "dinat_large_11x11.shi_in22k_ft_in1k_384": Published(top1=87.5, gflops=92.4, source=_README),
+}
+_FILES = {
+    "dinat_mini.shi_in1k": "imagenet1k/dinat_mini_in1k_224",
+    "dinat_tiny.shi_in1k": "imagenet1k/dinat_tiny_in1k_224",
+    "dinat_small.shi_in1k": "imagenet1k/dinat_small_in1k_224",
+    "dinat_base.shi_in1k": "imagenet1k/dinat_base_in1k_224",
+    "dinat_large.shi_in22k_ft_in1k": "imagenet1k/dinat_large_in22k_in1k_224",
+    "dinat_large.shi_in22k": "imagenet22k/dinat_large_in22k_224",
+    "dinat_large_384.shi_in22k_ft_in1k": "imagenet1k/dinat_large_in22k_in1k_384",
+    "dinat_large_11x11.shi_in22k_ft_in1k_384": "imagenet1k/dinat_large_in22k_in1k_384_11x11",
+    "dinat_large_11x11.shi_in22k": "imagenet22k/dinat_large_in22k_224_11x11interp",
+}
+_URL = "https://shi-labs.com/projects/dinat/checkpoints"
+_WEIGHTS = {name: Weight(url=f"{_URL}/{file}.pth") for name, file in _FILES.items()}
+_ORIGIN = "https://github.com/SHI-Labs/Neighborhood-Attention-Transformer"
+
+
+def _cfg(name: str, **kwargs: Any) -> dict[str, Any]:
+    """The rest is timm's default, and the authors': 224 x 224, bicubic, ImageNet's mean and std."""
+    return {
+        **source_cfg(_WEIGHTS.get(name)),
+        "min_input_size": (3, DiNAT.min_size, DiNAT.min_size),
+        "pool_size": (7, 7),
+        "first_conv": "patch_embed.proj.0",
+        "classifier": "head",
+        "paper_ids": "arXiv:2209.15001",
+        "paper_name": "Dilated Neighborhood Attention Transformer",
+        **kwargs,
+    }
+
+
+_SMALL = {"num_classes": 10, "input_size": (3, 64, 64), "pool_size": (2, 2), "crop_pct": 1.0}
+_384 = {"input_size": (3, 384, 384), "pool_size": (12, 12), "crop_pct": 1.0}
+# The authors state no number of classes; this is the usual one of ImageNet-22k.
+_22K = {"num_classes": 21841}
+_CHANGES: dict[str, dict[str, Any]] = {
+    "dinat_large.shi_in22k": _22K,
+    "dinat_large_384.shi_in22k_ft_in1k": _384,
+    "dinat_large_11x11.shi_in22k_ft_in1k_384": _384,
+    "dinat_large_11x11.shi_in22k": _22K,
+}
+default_cfgs = generate_default_cfgs(
+    {
+        "dinat_atto.untrained": _cfg("dinat_atto.untrained", **_SMALL),
+        **{name: _cfg(name, origin_url=_ORIGIN, **_CHANGES.get(name, {})) for name in _FILES},
+    }
+)
+
+
+_MINI = {"embed_dim": 64, "depths": (3, 4, 6, 5), "num_heads": (2, 4, 8, 16), "mlp_ratio": 3.0}
+_TINY = {**_MINI, "depths": (3, 4, 18, 5)}
+_LARGE = {**_TINY, "embed_dim": 192, "num_heads": (6, 12, 24, 48), "mlp_ratio": 2.0}
+_224 = {"dilations": (8, 4, 2, 1)}
+_VARIANTS: dict[str, dict[str, Any]] = {
+    "dinat_atto": {
+        "embed_dim": 32,
+        "depths": (2, 2, 3, 1),
+        "num_heads": (1, 2, 4, 8),
+        "kernel_size": (5, 3, 3, 3),
+        "dilations": (3, 2, 1, 1),
+        "mlp_ratio": 2.0,
+    },
+    "dinat_mini": _MINI | _224,
+    "dinat_tiny": _TINY | _224,
+    "dinat_small": _TINY | _224 | {"embed_dim": 96, "num_heads": (3, 6, 12, 24), "mlp_ratio": 2.0},
+    "dinat_base": _TINY
+    | _224
+    | {"embed_dim": 128, "num_heads": (4, 8, 16, 32), "mlp_ratio": 2.0, "layer_scale": 1e-5},
+    "dinat_large": _LARGE | _224,
+    "dinat_large_384": _LARGE | {"dilations": (13, 6, 3, 1)},
+    "dinat_large_11x11": _LARGE | _224 | {"kernel_size": 11},
+}
+_create = partial(
+    build,
+    DiNAT,
+    weights=_WEIGHTS,
+    filter_fn=checkpoint_filter_fn,
+    feature_cfg={"out_indices": (0, 1, 2, 3)},
+)
+
+
+@register
+def dinat_atto(pretrained: bool = False, **kwargs: Any) -> DiNAT:
+    """1,405,540 parameters (10 classes); ours, for tests and demos, on 64 x 64 pixels."""
+    return _create("dinat_atto", pretrained, **{**_VARIANTS["dinat_atto"], **kwargs})
+
+
+@register
+def dinat_mini(pretrained: bool = False, **kwargs: Any) -> DiNAT:
+    """19,984,174 parameters, 2.7 GFLOPs at 224 x 224, ImageNet-1k top-1 81.8 % (published)."""
+    return _create("dinat_mini", pretrained, **{**_VARIANTS["dinat_mini"], **kwargs})
+
+
+@register
+def dinat_tiny(pretrained: bool = False, **kwargs: Any) -> DiNAT:
+    """27,901,582 parameters, 4.3 GFLOPs at 224 x 224, ImageNet-1k top-1 82.7 % (published)."""
+    return _create("dinat_tiny", pretrained, **{**_VARIANTS["dinat_tiny"], **kwargs})
+
+
+@register
+def dinat_small(pretrained: bool = False, **kwargs: Any) -> DiNAT:
+    """50,719,681 parameters, 7.8 GFLOPs at 224 x 224, ImageNet-1k top-1 83.8 % (published)."""
+    return _create("dinat_small", pretrained, **{**_VARIANTS["dinat_small"], **kwargs})
+
+
+@register
+def dinat_base(pretrained: bool = False, **kwargs: Any) -> DiNAT:
+    """89,769,652 parameters, 13.7 GFLOPs at 224 x 224, ImageNet-1k top-1 84.4 % (published)."""
+    return _create("dinat_base", pretrained, **{**_VARIANTS["dinat_base"], **kwargs})
+
+
+@register
+def dinat_large(pretrained: bool = False, **kwargs: Any) -> DiNAT:
+    """200,943,514 parameters, 30.6 GFLOPs at 224 x 224, ImageNet-1k top-1 86.6 % (published)."""
+    return _create("dinat_large", pretrained, **{**_VARIANTS["dinat_large"], **kwargs})
+
+
+@register
+def dinat_large_384(pretrained: bool = False, **kwargs: Any) -> DiNAT:
+    """200,943,514 parameters, 89.7 GFLOPs at 384 x 384, ImageNet-1k top-1 87.4 % (published)."""
+    return _create("dinat_large_384", pretrained, **{**_VARIANTS["dinat_large_384"], **kwargs})
+
+
+@register
+def dinat_large_11x11(pretrained: bool = False, **kwargs: Any) -> DiNAT:
+    """201,144,250 parameters, 92.4 GFLOPs at 384 x 384, ImageNet-1k top-1 87.5 % (published)."""
+    return _create("dinat_large_11x11", pretrained, **{**_VARIANTS["dinat_large_11x11"], **kwargs})
+
+
+_COCO = ((28,), (7, 14), (3, 5, 7), (3,))
+_ADE20K = ((16,), (4, 8), (2, 3, 4), (2,))
+_ADE20K_640 = ((20,), (5, 10), (2, 3, 4, 5, 2, 3, 4, 5, 5), (2,))  # large was trained at 640
+
+
+def dense_kwargs(entry: str, task: str, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The model's arguments in detection (``det``: COCO) and segmentation (``seg``: ADE20K).
+
+    Only the dilations differ from classification. Mask2Former's backbone is to be asked for:
+    ``dinat_large_11x11`` whose odd blocks have ``dilations`` 14; 4, 7; 2, 3, 2, 3, 2, 3, 2, 3, 3;
+    1, given as one list per level with one int per block.
+
+    Args:
+        entry: the model's entry.
+        task: ``det`` or ``seg``.
+        kwargs: what the caller asks for, which counts more.
+    """
+    depths = kwargs.get("depths", _VARIANTS[entry]["depths"])
+    cycles = _COCO if task == "det" else _ADE20K_640 if "large" in entry else _ADE20K
+    return {"dilations": cycled(cycles, depths), **kwargs}
+
+
+def dense_adapter(model: DiNAT, task: str, out_indices: Sequence[int]) -> DensePyramid:
+    """The authors' backbone of detection and of segmentation: a norm for each map."""
+    return DensePyramid(model, out_indices)
