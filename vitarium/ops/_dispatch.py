@@ -6,11 +6,18 @@ modes) then sees what an op computes, not the parts that it happens to be comput
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.utils.flop_counter import register_flop_formula
+
+# Imported where torch has CUDA but there is no Triton, the counter warns of Triton's kernels.
+_log = logging.getLogger("torch.utils.flop_counter")
+_log.disabled = True
+from torch.utils.flop_counter import register_flop_formula  # noqa: E402
+
+_log.disabled = False
 
 
 def define(
