@@ -86,8 +86,9 @@ def convert(state_dict: Mapping[str, Tensor], model: nn.Module) -> dict[str, Ten
         CheckpointError: names that are ambiguous or collide, or tensors that cannot be converted.
     """
     state_dict = dict(state_dict)
-    own = model.state_dict().keys()
-    if state_dict.keys() == own:
+    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    own = shapes.keys()
+    if {name: tensor.shape for name, tensor in state_dict.items()} == shapes:
         return state_dict
     for cls in type(model).__mro__:
         filter_fn = getattr(sys.modules[cls.__module__], "checkpoint_filter_fn", None)
