@@ -3,56 +3,49 @@
 import copy
 import inspect
 import io
-import math
 import pickle
-import shutil
 
 import pytest
 import timm
 import torch
+from attos import (
+    ATTOS,
+    SIZE,
+    assert_same,
+    create,
+    gradients,
+    image,
+    is_fixed,
+    map_sizes,
+    sizes,
+    smallest_side,
+)
+from PIL import Image
+from timm.data import create_transform, resolve_model_data_config
 from timm.layers import DropPath
 from timm.models import FeatureInfo, create_feature_extractor, group_parameters
-from timm.optim import param_groups_layer_decay
+from timm.optim import create_optimizer_v2, param_groups_layer_decay
 from timm.utils import ModelEmaV3, reparameterize_model
 from torch import nn
 
-from vitarium.backbones._registry import entries
 from vitarium.ops import use_impl
 
-ATTOS = [name for name in entries() if name.endswith("_atto")]
-SIZES = [(64, 64), (48, 80), (37, 51), (32, 32)]  # native, non-square, odd, smallest
 
-NEEDS_COMPILER = pytest.mark.skipif(
-    not any(map(shutil.which, ("g++", "clang++", "cl"))), reason="inductor needs a C++ compiler"
-)
-
-pytestmark = pytest.mark.parametrize("name", ATTOS)
-
-
-def create(name, seed=0, **kwargs):
-    torch.manual_seed(seed)
-    return timm.create_model(name, **kwargs).eval()
+def pytest_generate_tests(metafunc):
+    """Every test runs on every model; one that takes a size, on the sizes of that model."""
+    if "size" in metafunc.fixturenames:
+        cases = [(name, size) for name in ATTOS for size in sizes(name)]
+        metafunc.parametrize(("name", "size"), cases)
+    else:
+        metafunc.parametrize("name", ATTOS)
 
 
-def image(size=(64, 64), batch=1, channels=3):
-    return torch.randn(batch, channels, *size, generator=torch.Generator().manual_seed(1))
+# Images
 
 
-def assert_same(actual, expected, tolerance=1e-5):
-    """Equal up to rounding, relative to the spread: float32 sums differ in their order only."""
-    assert actual.shape == expected.shape
-    error = (actual - expected).abs().max() / expected.std()
-    assert error <= tolerance, f"{error:.1e} of the spread"
-
-
-def map_sizes(model, size):
-    return [tuple(math.ceil(n / i["reduction"]) for n in size) for i in model.feature_info]
-
-
-@pytest.mark.parametrize("size", SIZES)
 @torch.no_grad()
 def test_any_size_gives_logits_and_maps(name, size):
-    model = create(name)
+    model = create(name, size)
     logits = model(image(size, batch=2))
     assert logits.shape == (2, model.num_classes)
     assert logits.isfinite().all()
@@ -61,81 +54,116 @@ def test_any_size_gives_logits_and_maps(name, size):
     assert [tuple(y.shape[2:]) for y in maps] == map_sizes(model, size)
 
 
-@pytest.mark.parametrize("size", [(31, 64), (64, 31), (0, 64)])
-def test_small_images_are_refused_by_their_size(name, size):
-    with pytest.raises(ValueError, match=rf"image: expected .* >= 32, got shape .*{size[0]}, "):
-        create(name)(torch.zeros(1, 3, *size))
+def test_other_sizes_are_refused(name):
+    small = smallest_side(name) - 1
+    refused = [(small, 64), (64, small), (0, 64)]
+    if is_fixed(name):
+        refused.append(SIZE[::-1])
+    model = create(name)
+    for size in refused:
+        with pytest.raises(ValueError, match=rf"image: expected .*, got shape .*{size[0]}, "):
+            model(torch.zeros(1, 3, *size))
 
 
 def test_images_of_another_form_are_refused(name):
-    for shape in ((3, 64, 64), (1, 64, 64, 3), (1, 1, 64, 64)):
-        with pytest.raises(
-            ValueError, match=r"image: expected \[B, 3, H, W\] .* got shape \("
-        ) as info:
-            create(name)(torch.zeros(shape))
+    model = create(name)
+    for shape in ((3, *SIZE), (1, *SIZE, 3), (1, 1, *SIZE)):
+        with pytest.raises(ValueError, match=r"image: expected \[B, 3, .* got shape \(") as info:
+            model(torch.zeros(shape))
         assert str(shape) in str(info.value)
 
 
-@pytest.mark.parametrize("size", [(64, 64), (37, 51)])
-def test_every_parameter_gets_a_gradient(name, size, nan_memory):
-    model = create(name).train()
-    x = image(size, batch=2).requires_grad_()
-    model(x).square().sum().backward()
-    for key, parameter in [("image", x), *model.named_parameters()]:
-        assert parameter.grad is not None, key
-        assert parameter.grad.isfinite().all(), key
-        assert parameter.grad.any(), key
+@torch.no_grad()
+def test_input_size_is_set(name):
+    """Where it is fixed, the model takes another size from then on."""
+    model = create(name)
+    assert hasattr(model, "set_input_size") or not is_fixed(name)
+    if not hasattr(model, "set_input_size"):
+        return
+    other, x = (64, 96), image((64, 96))
+    for parameter in model.to(torch.bfloat16).parameters():
+        parameter.requires_grad_(False)
+    model.set_input_size(other)
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert not any(p.requires_grad for p in model.parameters())
+    built = create(name, other, seed=1).to(torch.bfloat16)
+    built.load_state_dict(model.state_dict())
+    assert torch.equal(model(x.bfloat16()), built(x.bfloat16()))
+    if is_fixed(name):
+        with pytest.raises(ValueError, match="image: expected"):
+            model(image().bfloat16())
+    with pytest.raises(ValueError, match="img_size: expected"):
+        model.set_input_size((smallest_side(name) - 1, 64))
+
+
+@torch.no_grad()
+def test_batches_do_not_mix(name):
+    model, x = create(name), image(batch=3)
+    assert_same(torch.cat([model(y[None]) for y in x]), model(x))
+
+
+@torch.no_grad()
+def test_channels_last_input(name):
+    model, x = create(name), image()
+    assert_same(model(x.contiguous(memory_format=torch.channels_last)), model(x))
+
+
+@torch.no_grad()
+def test_timms_preprocessing_feeds_the_model(name):
+    model = create(name, size=timm.get_pretrained_cfg(name).input_size[1:])
+    config = resolve_model_data_config(model)
+    assert config["input_size"] == model.pretrained_cfg["input_size"]
+    assert config["mean"] == model.pretrained_cfg["mean"]
+    x = create_transform(**config)(Image.new("RGB", (90, 70), "red"))
+    assert x.shape == config["input_size"]
+    assert model(x[None]).isfinite().all()
+
+
+# Features and feature maps
 
 
 @torch.no_grad()
 def test_forward_is_head_of_features(name):
-    model, x = create(name), image((48, 80))
+    model, x = create(name), image()
     features = model.forward_features(x)
-    assert features.shape == (1, 2, 3, model.num_features)
+    assert features.shape == (1, *map_sizes(model, SIZE)[-1], model.num_features)
     assert torch.equal(model.forward_head(features), model(x))
     assert model.forward_head(features, pre_logits=True).shape == (1, model.head_hidden_size)
 
 
 @torch.no_grad()
-def test_batches_do_not_mix(name):
-    model, x = create(name), image((37, 51), batch=3)
-    assert_same(torch.cat([model(y[None]) for y in x]), model(x))
-
-
-@torch.no_grad()
-def test_new_weights_count_at_once(name):
-    model, other, x = create(name), create(name, seed=1), image()
-    before = model(x)
-    model.load_state_dict(other.state_dict())
-    assert torch.equal(model(x), other(x))
-    assert not torch.equal(model(x), before)
-
-
-@torch.no_grad()
-def test_implementations_agree(name):
-    model, x = create(name), image((37, 51))
-    with use_impl("reference"):
-        expected = model(x)
-    assert_same(model(x), expected)
-
-
-# Feature maps
-
-
-@torch.no_grad()
 def test_features_only_equals_forward_intermediates(name):
-    model, x = create(name), image((48, 80))
-    features = create(name, features_only=True)
-    assert features.feature_info.channels() == [i["num_chs"] for i in model.feature_info]
-    assert features.feature_info.reduction() == [i["reduction"] for i in model.feature_info]
-    expected = model.forward_intermediates(x, intermediates_only=True)
-    for y, z in zip(features(x), expected, strict=True):
-        assert torch.equal(y, z)
+    model, x = create(name), image()
+    last = len(model.feature_info) - 1
+    every = model.forward_intermediates(x, intermediates_only=True)
+    for indices, taken in (
+        (tuple(range(last + 1)), range(last + 1)),
+        ((0, 2), [0, 2]),
+        ((-3, -1), [last - 2, last]),
+        ((1,), [1]),
+        (2, [last - 1, last]),
+    ):
+        features = create(name, features_only=True, out_indices=indices)
+        expected = [model.feature_info[i] for i in taken]
+        assert features.feature_info.channels() == [i["num_chs"] for i in expected]
+        assert features.feature_info.reduction() == [i["reduction"] for i in expected]
+        assert features.feature_info.module_name() == [i["module"] for i in expected]
+        for y, i in zip(features(x), taken, strict=True):
+            assert torch.equal(y, every[i])
+
+
+@torch.no_grad()
+def test_features_only_by_default_gives_the_described_maps(name):
+    features = create(name, features_only=True).train()
+    assert len(features.feature_info.channels()) >= 3
+    with torch.enable_grad():
+        sum(y.square().sum() for y in features(image(batch=2))).backward()
+    assert [key for key, p in features.named_parameters() if p.grad is None] == []
 
 
 @torch.no_grad()
 def test_intermediates_with_the_final_map(name):
-    model, x = create(name), image((48, 80))
+    model, x = create(name), image()
     final, maps = model.forward_intermediates(x)
     assert torch.equal(final, model.forward_features(x))
     assert len(maps) == len(model.feature_info)
@@ -144,32 +172,40 @@ def test_intermediates_with_the_final_map(name):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(
-    ("indices", "taken"), [(None, [0, 1, 2, 3]), (2, [2, 3]), ([1], [1]), ((0, -2), [0, 2])]
-)
 @pytest.mark.parametrize("stop_early", [False, True])
-def test_intermediates_by_index(name, indices, taken, stop_early):
-    model, x = create(name), image((48, 80))
+def test_intermediates_by_index(name, stop_early):
+    model, x = create(name), image()
     every = model.forward_intermediates(x, intermediates_only=True)
-    some = model.forward_intermediates(
-        x, indices=indices, stop_early=stop_early, intermediates_only=True
-    )
-    assert all(torch.equal(y, every[i]) for y, i in zip(some, taken, strict=True))
+    last = len(every) - 1
+    for indices, taken in (
+        (None, range(last + 1)),
+        (2, [last - 1, last]),
+        ([1], [1]),
+        ((0, -2), [0, last - 1]),
+    ):
+        some = model.forward_intermediates(
+            x, indices=indices, stop_early=stop_early, intermediates_only=True
+        )
+        assert all(torch.equal(y, every[i]) for y, i in zip(some, taken, strict=True))
 
 
 @torch.no_grad()
-def test_stop_early_does_less(name, ops_run):
+def test_stop_early_does_less(name):
     model, x = create(name), image()
+    called = []
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            module.register_forward_hook(lambda *_: called.append(1))
     model.forward_intermediates(x, indices=[0])
-    whole = len(ops_run)
+    whole = len(called)
     final, maps = model.forward_intermediates(x, indices=[0], stop_early=True, output_fmt="NHWC")
-    assert len(ops_run) - whole < whole / 2
+    assert len(called) - whole < whole / 2
     assert torch.equal(final, maps[0])
 
 
 @torch.no_grad()
 def test_intermediates_layouts(name):
-    model, x = create(name), image((48, 80))
+    model, x = create(name), image()
     first = model.forward_intermediates(x, intermediates_only=True)
     last = model.forward_intermediates(x, output_fmt="NHWC", intermediates_only=True)
     assert all(torch.equal(y, z.permute(0, 3, 1, 2)) for y, z in zip(first, last, strict=True))
@@ -179,19 +215,22 @@ def test_intermediates_layouts(name):
 
 @torch.no_grad()
 def test_intermediates_normed(name):
-    model, x = create(name), image((48, 80))
+    """The final norm fits the maps with as many channels as the last one has."""
+    model, x = create(name), image()
     plain = model.forward_intermediates(x, output_fmt="NHWC", intermediates_only=True)
     final, maps = model.forward_intermediates(x, norm=True, output_fmt="NHWC")
-    assert all(torch.equal(y, z) for y, z in zip(maps[:-1], plain[:-1], strict=True))
+    for y, z in zip(maps, plain, strict=True):
+        fits = z.shape[-1] == model.num_features
+        assert torch.equal(y, model.norm(z) if fits else z)
     assert torch.equal(maps[-1], final)
     assert not torch.equal(maps[-1], plain[-1])
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("indices", [[0], [1, 2], [3], 1])
+@pytest.mark.parametrize("indices", [[0], [1, 2], [-1], 1])
 @pytest.mark.parametrize("prune_norm", [False, True])
 def test_pruning_keeps_the_maps_and_no_more(name, indices, prune_norm):
-    model, x = create(name), image((48, 80))
+    model, x = create(name), image()
     expected = model.forward_intermediates(x, indices=indices, intermediates_only=True)
     taken = model.prune_intermediate_layers(indices, prune_norm=prune_norm)
     maps = model.forward_intermediates(x, indices=taken, intermediates_only=True)
@@ -207,7 +246,7 @@ def test_pruning_keeps_the_maps_and_no_more(name, indices, prune_norm):
 
 @torch.no_grad()
 def test_fx_extraction(name):
-    model, x = create(name), image((48, 80))
+    model, x = create(name), image()
     info = FeatureInfo(model.feature_info, len(model.feature_info))
     extractor = create_feature_extractor(model, [*info.module_name(), "head"])
     *maps, logits = extractor(x).values()
@@ -215,7 +254,7 @@ def test_fx_extraction(name):
     expected = model.forward_intermediates(x, output_fmt="NHWC", intermediates_only=True)
     assert all(torch.equal(y, z) for y, z in zip(maps, expected, strict=True))
     with pytest.raises(ValueError, match="image: expected"):
-        extractor(torch.zeros(1, 3, 16, 64))
+        extractor(torch.zeros(1, 3, smallest_side(name) - 1, 64))
 
 
 def test_fx_extraction_trains(name):
@@ -225,74 +264,16 @@ def test_fx_extraction_trains(name):
     assert all(parameter.grad is not None for parameter in extractor.parameters())
 
 
-# Training and running
-
-
-def test_grad_checkpointing_changes_nothing(name):
-    model, x = create(name).train(), image((37, 51), batch=2)
-    plain = gradients(model, x)
-    model.set_grad_checkpointing()
-    assert model.grad_checkpointing
-    few = num_saved(model, x)
-    for key, grad in gradients(model, x).items():
-        assert_same(grad, plain[key])
-    model.set_grad_checkpointing(False)
-    assert few < num_saved(model, x) / 2
-
-
-def num_saved(model, x):
-    """Number of tensors that are kept for the backward pass."""
-    saved = []
-    with torch.autograd.graph.saved_tensors_hooks(saved.append, lambda _: None):
-        model(x)
-    return len(saved)
-
-
-def gradients(model, x, run=None):
-    """Logits, and the gradient of every parameter of ``model`` when ``run`` computes them."""
-    model.zero_grad()
-    out = (model if run is None else run)(x)
-    out.square().sum().backward()
-    return {"logits": out.detach()} | {k: p.grad.clone() for k, p in model.named_parameters()}
-
-
-@pytest.mark.parametrize(
-    ("backend", "size"),
-    [("aot_eager", (37, 51)), pytest.param("inductor", (64, 64), marks=NEEDS_COMPILER)],
-)
-def test_compiled_in_one_graph(name, backend, size):
-    model, x = create(name), image(size)
-    torch.compiler.reset()
-    with torch.no_grad():
-        assert_same(torch.compile(model, fullgraph=True, backend=backend)(x), model(x))
-
-
-def test_compiled_training_in_one_graph(name):
-    model, x = create(name).train(), image((37, 51), batch=2)
-    expected = gradients(model, x)
-    torch.compiler.reset()
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    for key, grad in gradients(model, x, compiled).items():
-        assert_same(grad, expected[key])
-
-
-@pytest.mark.parametrize("size", [(64, 64), (37, 51)])
-@torch.no_grad()
-def test_bfloat16(name, size):
-    model, x = create(name), image(size)
-    expected = model(x)
-    with torch.autocast("cpu", torch.bfloat16):
-        mixed = model(x)
-    half = create(name).to(torch.bfloat16)(x.bfloat16())
-    assert half.dtype == torch.bfloat16
-    for out in (mixed, half):
-        assert_same(out.float(), expected, tolerance=0.2)
+# Weights
 
 
 @torch.no_grad()
-def test_channels_last_input(name):
-    model, x = create(name), image((48, 80))
-    assert_same(model(x.contiguous(memory_format=torch.channels_last)), model(x))
+def test_new_weights_count_at_once(name):
+    model, other, x = create(name), create(name, seed=1), image()
+    before = model(x)
+    model.load_state_dict(other.state_dict())
+    assert torch.equal(model(x), other(x))
+    assert not torch.equal(model(x), before)
 
 
 @torch.no_grad()
@@ -317,7 +298,86 @@ def test_copies_compute_the_same(name, copied):
     assert torch.equal(other(x), expected)
 
 
-# timm's arguments and methods
+@torch.no_grad()
+def test_moving_average_of_weights(name):
+    model, later = create(name), create(name, seed=1)
+    average = ModelEmaV3(model, decay=0.75)
+    average.update(later)
+    for key, tensor in average.module.state_dict().items():
+        expected = torch.lerp(model.state_dict()[key], later.state_dict()[key], 0.25)
+        torch.testing.assert_close(tensor, expected)
+    assert average(image()).isfinite().all()
+
+
+# Training and precision
+
+
+def test_every_parameter_gets_a_gradient(name, size, nan_memory):
+    model = create(name, size).train()
+    x = image(size, batch=2).requires_grad_()
+    model(x).square().sum().backward()
+    for key, parameter in [("image", x), *model.named_parameters()]:
+        assert parameter.grad is not None, key
+        assert parameter.grad.isfinite().all(), key
+        lone = key.endswith("rpb") and parameter[0].numel() == 1  # the same for all, so for nothing
+        assert parameter.grad.any() != lone, key
+
+
+@torch.no_grad()
+def test_implementations_agree(name, size):
+    model, x = create(name, size), image(size)
+    with use_impl("reference"):
+        expected = model(x)
+    assert_same(model(x), expected)
+
+
+def test_grad_checkpointing_changes_nothing(name):
+    model, x = create(name).train(), image(batch=2)
+    plain = gradients(model, x)
+    model.set_grad_checkpointing()
+    assert model.grad_checkpointing
+    few = num_saved(model, x)
+    for key, grad in gradients(model, x).items():
+        assert_same(grad, plain[key])
+    model.set_grad_checkpointing(False)
+    assert few < num_saved(model, x) / 2
+
+
+def num_saved(model, x):
+    """Number of tensors that are kept for the backward pass."""
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(saved.append, lambda _: None):
+        model(x)
+    return len(saved)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_lower_precision(name, size, dtype):
+    model, x = create(name, size), image(size)
+    expected = model(x)
+    with torch.autocast("cpu", dtype):
+        mixed = model(x)
+    lower = create(name, size).to(dtype)(x.to(dtype))
+    assert lower.dtype == dtype
+    for out in (mixed, lower):
+        assert_same(out.float(), expected, tolerance=0.2 if dtype is torch.bfloat16 else 0.03)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_training_step_in_lower_precision(name, dtype):
+    model, x = create(name).to(dtype).train(), image(batch=2).to(dtype)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    before = model(x)
+    nn.functional.cross_entropy(before, torch.tensor([0, 1])).backward()
+    optimizer.step()
+    after = model(x)
+    assert after.dtype == dtype
+    assert after.isfinite().all()
+    assert not torch.equal(after, before)
+    for key, parameter in model.named_parameters():
+        assert parameter.dtype == dtype
+        assert parameter.grad.isfinite().all(), key
 
 
 def test_layer_decay(name):
@@ -338,7 +398,23 @@ def test_layer_decay(name):
     assert order[-1] == 1
     assert order[0] == 0.5 ** (depth - 1)
     coarse = group_parameters(model, model.group_matcher(coarse=True))
-    assert 2 < len(coarse) < depth
+    assert 2 < len(coarse) <= depth
+
+
+def test_timms_optimizer_decays_layers(name):
+    model = create(name).train()
+    optimizer = create_optimizer_v2(model, "adamw", lr=1e-2, weight_decay=0.1, layer_decay=0.5)
+    given = [id(p) for group in optimizer.param_groups for p in group["params"]]
+    assert sorted(given) == sorted(id(p) for p in model.parameters())
+    undecayed = {
+        id(p) for g in optimizer.param_groups if not g["weight_decay"] for p in g["params"]
+    }
+    assert {id(model.get_parameter(key)) for key in model.no_weight_decay()} <= undecayed
+    before = copy.deepcopy(model)
+    model(image(batch=2)).square().sum().backward()
+    optimizer.step()
+    for key, parameter in model.named_parameters():
+        assert not torch.equal(parameter, before.get_parameter(key)), key
 
 
 def test_no_weight_decay_names_parameters(name):
@@ -346,9 +422,12 @@ def test_no_weight_decay_names_parameters(name):
     assert model.no_weight_decay() <= {key for key, _ in model.named_parameters()}
 
 
+# timm's arguments and methods
+
+
 @torch.no_grad()
 def test_classifier_is_replaced_and_removed(name):
-    model, x = create(name), image((48, 80))
+    model, x = create(name), image()
     pooled = model.forward_head(model.forward_features(x), pre_logits=True)
     model.reset_classifier(7)
     assert model.get_classifier().out_features == model.num_classes == 7
@@ -382,7 +461,8 @@ def test_channels_classes_device_and_dtype(name):
     assert model(image(channels=1).double()).shape == (1, 3)
     model.reset_classifier(4)
     assert model.get_classifier().weight.dtype == torch.float64
-    assert all(p.is_meta for p in create(name, device="meta").parameters())
+    meta = create(name, device="meta")
+    assert all(tensor.is_meta for tensor in (*meta.parameters(), *meta.buffers()))
     assert next(create(name, dtype=torch.bfloat16).parameters()).isfinite().all()
 
 
@@ -409,19 +489,22 @@ def test_unknown_arguments_are_refused(name):
 def test_signature_is_typed_and_takes_timms_names(name):
     parameters = inspect.signature(type(create(name)).__init__).parameters
     assert all(p.kind is not p.VAR_KEYWORD for p in parameters.values())
-    assert {
+    expected = {
         "num_classes", "in_chans", "global_pool", "drop_rate", "proj_drop_rate",
         "attn_drop_rate", "drop_path_rate", "device", "dtype",
-    } <= parameters.keys()  # fmt: skip
+    }  # fmt: skip
+    assert expected <= parameters.keys()
+    assert "img_size" in parameters or not is_fixed(name)
 
 
 @torch.no_grad()
 def test_config_describes_the_model(name):
-    model = create(name)
-    cfg = model.pretrained_cfg
+    cfg = timm.get_pretrained_cfg(name)
+    model = create(name, cfg.input_size[1:])
+    assert model.pretrained_cfg["input_size"] == cfg.input_size
     state_dict = model.state_dict()
-    assert f"{cfg['classifier']}.weight" in state_dict
-    assert state_dict[f"{cfg['first_conv']}.weight"].shape[1] == cfg["input_size"][0]
-    assert model.num_classes == cfg["num_classes"]
-    features = model.forward_features(image(cfg["input_size"][1:]))
-    assert tuple(features.shape[1:3]) == cfg["pool_size"]
+    assert f"{cfg.classifier}.weight" in state_dict
+    assert state_dict[f"{cfg.first_conv}.weight"].shape[1] == cfg.input_size[0]
+    assert model.num_classes == cfg.num_classes
+    features = model.forward_features(image(cfg.input_size[1:]))
+    assert tuple(features.shape[1:3]) == cfg.pool_size

@@ -1,0 +1,72 @@
+"""torch.compile: one graph, the same numbers, few programs for many batches and sizes."""
+
+import io
+import shutil
+
+import pytest
+import torch
+from attos import ATTOS, SIZE, assert_same, create, gradients, image, is_fixed, sizes
+from rich.console import Console
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from vitarium.tools import bench_compile
+
+NEEDS_COMPILER = pytest.mark.skipif(
+    not any(map(shutil.which, ("g++", "clang++", "cl"))), reason="inductor needs a C++ compiler"
+)
+
+pytestmark = pytest.mark.parametrize("name", ATTOS)
+
+
+def compiled(model, backend, **kwargs):
+    """The model as one graph, or an error."""
+    torch.compiler.reset()
+    return torch.compile(model, fullgraph=True, backend=backend, **kwargs)
+
+
+def test_compiled_training_in_one_graph(name):
+    size = sizes(name)[-1]
+    model, x = create(name, size).train(), image(size, batch=2)
+    model.prune_intermediate_layers([1])  # tracing takes long; further stages are more of the same
+    expected = gradients(model, x)
+    for key, grad in gradients(model, x, compiled(model, "aot_eager")).items():
+        assert_same(grad, expected[key])
+
+
+@torch.no_grad()
+def test_two_programs_serve_all_batches(name):
+    found = bench_compile.programs(create(name), [(batch, 3, *SIZE) for batch in (1, 2, 3, 5)])
+    assert found["graph_breaks"] == 0
+    assert found["recompiles"] <= 1
+    assert found["max_error"] <= 1e-5
+
+
+@pytest.mark.slow
+def test_limits_on_programs(name):
+    rows = bench_compile.measure(Console(file=io.StringIO()), [name])
+    assert {"batch"} | {"H x W"} * (not is_fixed(name)) <= {row["change"] for row in rows}
+    assert [row for row in rows if not row["met"]] == []
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_one_program_when_all_is_dynamic(name):
+    shapes = [(batch, 3, *SIZE) for batch in (2, 3, 5)]
+    if not is_fixed(name):
+        n = bench_compile.unpadded_side(create(name, device="meta"))
+        shapes = [(2, 3, n, n + 32), (2, 3, n + 32, n), (3, 3, n + 5, n + 70)]
+    model, counter = create(name), CompileCounterWithBackend("eager")
+    run = compiled(model, counter, dynamic=True)
+    for shape in shapes:
+        x = torch.randn(shape)
+        assert_same(run(x), model(x))
+    assert counter.frame_count == 1
+
+
+@pytest.mark.slow
+@NEEDS_COMPILER
+@torch.no_grad()
+def test_default_backend(name):
+    size = sizes(name)[-1]
+    model, x = create(name, size), image(size)
+    assert_same(compiled(model, "inductor")(x), model(x))
