@@ -41,8 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The reader of our output is gone (`| head`); the interpreter's own flush must not notice.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except KeyboardInterrupt:
-        return _complain("interrupted", 130)
+    except KeyboardInterrupt as interrupt:
+        return _complain(str(interrupt) or "interrupted", 130)
     # What the user gave was wrong. Any other exception is our fault and keeps its traceback.
     except OSError as error:
         named = f"{error.filename}: {error.strerror}" if error.filename else str(error)
@@ -183,24 +183,69 @@ def _features_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _bench_arguments(parser: argparse.ArgumentParser) -> None:
-    kinds = parser.add_subparsers(dest="what", metavar="ops|models|startup", required=True)
-    for what, names, threads, rounds in (
-        ("ops", "OP", 1, 25),
-        ("models", "MODEL", 2, 25),
-        ("startup", None, 1, 5),
-    ):
-        kind = kinds.add_parser(what, allow_abbrev=False)
-        kind.add_argument("--csv", metavar="FILE", help="write the rows to FILE too")
-        kind.add_argument(
-            "--rounds", type=_positive, default=rounds, metavar="N", help=f"(default: {rounds})"
-        )
-        kind.set_defaults(names=[], threads=threads, device="cpu", quick=False)
-        if names is None:
-            continue
-        kind.add_argument("names", nargs="*", metavar=names, help="(default: all)")
-        kind.add_argument("--threads", type=_positive, metavar="N", help=f"(default: {threads})")
-        kind.add_argument("--device", help="(default: cpu)")
-        kind.add_argument("--quick", action="store_true", help="small cases: a look, not a result")
+    kinds = parser.add_subparsers(dest="what", metavar="ops|models|startup|plot", required=True)
+
+    def kind(what: str, summary: str, rounds: int | None = None) -> argparse.ArgumentParser:
+        added = kinds.add_parser(what, help=summary, description=summary, allow_abbrev=False)
+        added.set_defaults(names=[], rounds=None, threads=1, device="cpu", quick=False, plot=None)
+        if what != "plot":
+            added.add_argument("--csv", metavar="FILE", help="write the rows to FILE too")
+        if rounds is not None:
+            text = f"turns of each, at the most (default: {rounds})"
+            added.add_argument("--rounds", type=int, default=rounds, metavar="N", help=text)
+        return added
+
+    ops = kind("ops", "each op beside what one would write without it", 25)
+    ops.add_argument("names", nargs="*", metavar="OP", help="(default: all)")
+    models = kind("models", "whole networks side by side, ours and timm's", 25)
+    _bench_models_arguments(models)
+    for timed in (ops, models):
+        timed.add_argument("--threads", type=int, metavar="N", help="of the CPU (default: 1)")
+        timed.add_argument("--device", help="cpu (default)" + ", cuda, cuda:1" * (timed is models))
+        timed.add_argument("--quick", action="store_true", help="a look, not a result")
+    kind("startup", "what the program and the package cost before they do anything", 5)
+    plot = kind("plot", "pictures of results, of `bench models` and of timm's benchmark.py")
+    plot.add_argument("files", nargs="+", metavar="FILE.csv", help="results, of one or more runs")
+    plot.add_argument("--out", default="outputs", metavar="DIR", help="(default: outputs)")
+
+
+def _bench_models_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "names",
+        nargs="*",
+        metavar="MODEL",
+        help="names and globs, ours and timm's, e.g. 'nat_*' (default: two of ours, two of timm's)",
+    )
+    parser.add_argument(
+        "--mode",
+        choices=("infer", "train", "both"),
+        default="infer",
+        help="forward, a whole training step, or both (default: infer)",
+    )
+    parser.add_argument(
+        "--batch-size",
+        nargs="+",
+        type=int,
+        metavar="N",
+        help="images per step, one or more to try (default: 8, --quick: 1)",
+    )
+    parser.add_argument(
+        "--sizes",
+        nargs="+",
+        default=["224"],
+        metavar="N|HxW",
+        help="image sizes in pixels, one or more to try, e.g. 224 800x1216 (default: 224)",
+    )
+    parser.add_argument("--compile", action="store_true", help="time torch.compile's result too")
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        default="float32",
+        help="of weights and images (default: float32)",
+    )
+    parser.add_argument("--channels-last", action="store_true", help="the layout of images")
+    parser.add_argument("--base", metavar="NAME", help="compare with this one (default: the first)")
+    parser.add_argument("--plot", metavar="DIR", help="draw the results into DIR")
 
 
 def _demo_arguments(parser: argparse.ArgumentParser) -> None:

@@ -1,6 +1,7 @@
 """The benchmarks run, say what they compared, and refuse what they cannot do."""
 
 import csv
+import os
 
 import pytest
 import torch
@@ -30,18 +31,6 @@ def test_ops(program, tmp_path):
     assert {"vitarium", "dense SDPA, float mask", "gather + einsum"} <= ran
 
 
-def test_models(program, tmp_path):
-    file = tmp_path / "models.csv"
-    argv = ("bench", "models", "nat_atto", "resnet18", "--quick", "--rounds", "1", "--csv", file)
-    status, out, _ = program(*argv)
-    assert status == 0
-    assert "images/s per GFLOP" in out
-    atto, resnet = rows_of(file)
-    assert resnet["model"] == "resnet18"
-    assert float(resnet["gmacs"]) == pytest.approx(1.82, rel=0.01)
-    assert float(atto["param_count"]) == pytest.approx(1.41, abs=0.01)
-
-
 def test_startup(program):
     status, out, _ = program("bench", "startup", "--rounds", "1")
     assert status == 0
@@ -52,9 +41,10 @@ def test_startup(program):
     ("argv", "message"),
     [
         (("ops", "neighbourhood"), "bench ops: expected ops among neighborhood"),
-        (("models", "nat_tinny"), "unknown model 'nat_tinny'"),
         (("ops", "--device", "cuda"), "--device: this benchmark runs on the cpu"),
         (("ops", "--csv", "no/such/folder/x.csv"), "--csv: no folder no/such/folder"),
+        (("startup", "--rounds", "0"), "--rounds: expected a positive number, got 0"),
+        (("ops", "--threads", "-1"), "--threads: expected a positive number, got -1"),
     ],
 )
 def test_refusals(program, argv, message):
@@ -87,3 +77,13 @@ def test_peak_memory():
         return b + 1
 
     assert bench.peak_memory(function) == pytest.approx(2, abs=0.1)
+
+
+def test_other_load_is_that_of_others():
+    others = bench.OtherLoad()
+    others._before = (others._before[0] - 10, others._before[1] - 5)
+    assert others.cores() >= 2
+    here = bench.OtherLoad()
+    sum(range(3_000_000))
+    busy, wall = (b - a for a, b in zip(here._before, here._seconds(), strict=True))
+    assert busy < wall * os.cpu_count()

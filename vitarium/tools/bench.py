@@ -25,38 +25,84 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from vitarium.tools._common import pick_device
+
 Function = Callable[[], Any]
+Row = dict[str, Any]
+CPU = torch.device("cpu")
 
 
 def run(args: Namespace) -> int:
-    """Run the benchmark that the command line names; returns the exit status."""
-    if args.device != "cpu":
-        raise ValueError(f"--device: this benchmark runs on the cpu for now, got {args.device!r}")
-    if args.csv is not None and not Path(args.csv).absolute().parent.is_dir():
-        raise ValueError(f"--csv: no folder {Path(args.csv).parent}")
+    """Run the benchmark that the command line names; returns the exit status.
+
+    Raises:
+        ValueError: an argument outside of what the benchmark takes.
+        KeyboardInterrupt: Ctrl-C; its message says what was not measured.
+    """
+    if args.what == "plot":
+        from vitarium.tools import bench_plots
+
+        out = Path(args.out)
+        out.mkdir(parents=True, exist_ok=True)
+        for file in bench_plots.draw(bench_plots.read(args.files), out):
+            print(f"wrote {file}")
+        return 0
+    device = _checked(args)
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler complains of absent GPUs
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 140)
+    head = machine(args.threads, device)
+
+    def save(rows: list[Row]) -> None:
+        if args.csv is not None and rows:
+            write_csv(Path(args.csv), rows, head)
+
     with threads(args.threads):
-        console.print(machine(args.threads))
+        console.print(head)
         if args.what == "ops":
             from vitarium.tools import bench_ops
 
             rows = bench_ops.measure(console, args.names, args.rounds, args.quick)
-        elif args.what == "startup":
+        elif args.what == "models":
+            from vitarium.tools import bench_models
+
+            rows = bench_models.measure(console, args, device, save)
+        else:
             from vitarium.tools import bench_startup
 
             rows = bench_startup.measure(console, args.rounds)
-        else:
-            from vitarium.tools import bench_models
-
-            rows = bench_models.measure(console, args.names, args.rounds, args.quick)
-    if args.csv is not None:
-        write_csv(Path(args.csv), rows, machine(args.threads))
+    save(rows)
+    if args.csv is not None and rows:
         console.print(f"wrote {args.csv}")
+    if args.plot is not None:
+        from vitarium.tools import bench_plots
+
+        for file in bench_plots.draw(rows, Path(args.plot)):
+            console.print(f"wrote {file}")
     return 0
 
 
-def machine(num_threads: int) -> str:
+def _checked(args: Namespace) -> torch.device:
+    """The device, if what the benchmarks share makes sense."""
+    for option, value in (("--rounds", args.rounds), ("--threads", args.threads)):
+        if value is not None and value < 1:
+            raise ValueError(f"{option}: expected a positive number, got {value}")
+    if args.csv is not None and not Path(args.csv).absolute().parent.is_dir():
+        raise ValueError(f"--csv: no folder {Path(args.csv).parent}")
+    if args.plot is not None:
+        from vitarium.tools import bench_plots
+
+        bench_plots.require_matplotlib()
+        if not Path(args.plot).is_dir():
+            raise ValueError(f"--plot: no folder {args.plot}")
+    if args.what != "models" and args.device != "cpu":
+        raise ValueError(f"--device: this benchmark runs on the cpu for now, got {args.device!r}")
+    device = pick_device(args.device)
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"--device: expected cpu or cuda, got {args.device!r}")
+    return device
+
+
+def machine(num_threads: int, device: torch.device = CPU) -> str:
     """One line about where figures come from."""
     from importlib.metadata import version
 
@@ -64,12 +110,46 @@ def machine(num_threads: int) -> str:
     if Path("/proc/cpuinfo").exists():
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         processor = next((x.split(":")[1].strip() for x in lines if "model name" in x), processor)
-    clock = "process time" if num_threads == 1 else "wall clock"
+    processor += f", {torch.backends.cpu.get_cpu_capability()}, {num_threads} thread(s)"
+    if device.type == "cuda":
+        processor = f"{torch.cuda.get_device_name(device)}, {processor}"
     return (
-        f"{processor}, {torch.backends.cpu.get_cpu_capability()}, {num_threads} thread(s), "
-        f"{clock}, torch {torch.__version__}, timm {version('timm')}, "
-        f"Python {platform.python_version()}"
+        f"{processor}, {clock_name(num_threads, device)}, torch {torch.__version__}, "
+        f"timm {version('timm')}, Python {platform.python_version()}"
     )
+
+
+def clock_name(num_threads: int, device: torch.device = CPU) -> str:
+    """What `interleaved` measures on this device with so many threads."""
+    if device.type == "cuda":
+        return "wall clock, synchronized"
+    return "process time" if num_threads == 1 else "wall clock"
+
+
+class OtherLoad:
+    """Watches what other programs do, from its making on."""
+
+    def __init__(self) -> None:
+        self._before = self._seconds()
+
+    def cores(self) -> float | None:
+        """How many CPU cores they kept busy on average; None where the system does not tell."""
+        now = self._seconds()
+        if now is None or self._before is None:
+            return None
+        others, wall = (b - a for a, b in zip(self._before, now, strict=True))
+        return round(max(0.0, others / max(wall, 1e-3)), 2)
+
+    @staticmethod
+    def _seconds() -> tuple[float, float] | None:
+        """CPU seconds of all but this process, and the wall clock."""
+        statistics_of_cpus = Path("/proc/stat")
+        if not statistics_of_cpus.exists():
+            return None
+        user, nice, system, _, _, *more = statistics_of_cpus.read_text().split()[1:9]
+        ticks = sum(int(x) for x in (user, nice, system, *more))
+        busy = ticks / os.sysconf("SC_CLK_TCK")
+        return busy - time.process_time(), time.perf_counter()
 
 
 @contextmanager
@@ -84,7 +164,11 @@ def threads(count: int) -> Iterator[None]:
 
 
 def interleaved(
-    functions: Mapping[str, Function], rounds: int, seconds: float, progress: Progress | None = None
+    functions: Mapping[str, Function],
+    rounds: int,
+    seconds: float,
+    progress: Progress | None = None,
+    device: torch.device = CPU,
 ) -> dict[str, float]:
     """Median milliseconds of each function, taking turns.
 
@@ -95,8 +179,9 @@ def interleaved(
         seconds: a function that has used this much time sits out the later rounds, but not
             before its third turn.
         progress: a bar to advance.
+        device: where the functions compute; a CUDA device is waited for at both ends of a turn.
     """
-    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+    clock = _clock(device)
 
     def timed(function: Function, repeats: int) -> float:
         start = clock()
@@ -122,8 +207,28 @@ def interleaved(
     return {name: statistics.median(t) * 1e3 for name, t in times.items()}
 
 
-def peak_memory(function: Function) -> float:
-    """MiB that a call holds at its peak beyond what was there before, on a CPU."""
+def _clock(device: torch.device) -> Callable[[], float]:
+    """Seconds: of the device's wall clock, or of the process where it computes on one thread."""
+    if device.type == "cuda":
+
+        def synchronized() -> float:
+            torch.cuda.synchronize(device)
+            return time.perf_counter()
+
+        return synchronized
+    return time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+
+
+def peak_memory(function: Function, device: torch.device = CPU) -> float:
+    """MiB that a call holds at its peak beyond what was there before, on the device."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        result = function()
+        torch.cuda.synchronize(device)
+        del result
+        return (torch.cuda.max_memory_allocated(device) - before) / 2**20
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
@@ -154,7 +259,7 @@ def show(console: Console, title: str, columns: Sequence[str], rows: list[list[s
     console.print()
 
 
-def write_csv(path: Path, rows: list[dict[str, Any]], head: str) -> None:
+def write_csv(path: Path, rows: list[Row], head: str) -> None:
     """Write rows, with the machine in a comment line, in one go."""
     temporary = path.with_name(path.name + ".part")
     with temporary.open("w", newline="") as file:

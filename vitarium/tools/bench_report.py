@@ -1,0 +1,125 @@
+"""What ``vitarium bench models`` prints: a table for each setting, and verdicts on our goals."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from rich.console import Console
+
+from vitarium.tools import bench
+from vitarium.tools.bench import Row
+
+_TERMS = {"compiled": False, "dtype": "float32", "device": "cpu", "threads": 1}
+
+
+@dataclass(frozen=True)
+class Goal:
+    """A bound on one figure over another, both of inference on one CPU thread, in float32.
+
+    Attributes:
+        title: what is compared.
+        ours: model and size of the figure above.
+        other: those of the figure below.
+        figure: column of both.
+        bound: of the ratio: from below for images/s; from above for what is taken per pixel.
+        per_pixel: divide the figures by the pixels of an image.
+        batch_size: the only one that counts, or None.
+    """
+
+    title: str
+    ours: tuple[str, str]
+    other: tuple[str, str]
+    figure: str
+    bound: float
+    per_pixel: bool = False
+    batch_size: int | None = None
+
+    def figures(self, rows: list[Row], key: tuple[str, str]) -> dict[int, float]:
+        """Batch size -> figure of a model at a size, where it was measured as it has to be."""
+        return {
+            row["infer_batch_size"]: row[self.figure] / (_pixels(key[1]) if self.per_pixel else 1)
+            for row in rows
+            if (row["model"], row["infer_img_size"]) == key
+            and row[self.figure] is not None
+            and self.batch_size in (None, row["infer_batch_size"])
+            and all(row[column] == value for column, value in _TERMS.items())
+        }
+
+
+_SWIN = "swin_tiny_patch4_window7_224"
+_LARGE, _SMALL = ("nat_tiny", "800x1216"), ("nat_tiny", "224")
+_GROWTH = "nat_tiny, 800 x 1216 over 224 x 224: {} per pixel"
+_GOALS = (
+    Goal(
+        f"dinat_s_tiny over {_SWIN}, 224 x 224: images/s",
+        ours=("dinat_s_tiny", "224"),
+        other=(_SWIN, "224"),
+        figure="infer_samples_per_sec",
+        bound=0.75,
+    ),
+    Goal(_GROWTH.format("time"), _LARGE, _SMALL, "infer_step_time", 1.2, True, 1),
+    Goal(_GROWTH.format("peak memory"), _LARGE, _SMALL, "infer_peak_mib", 1.2, True, 1),
+)
+
+
+def label(row: Row) -> str:
+    """A candidate's name."""
+    return row["model"] + (", compiled" if row["compiled"] else "")
+
+
+def show(console: Console, title: str, mode: str, rows: list[Row], sweep: bool) -> None:
+    """Print what the models did in one setting.
+
+    Args:
+        console: where the table goes.
+        title: of the table.
+        mode: ``infer`` or ``train``.
+        rows: of the setting.
+        sweep: whether there are other image sizes, to compare with the first.
+    """
+    columns = {
+        "images/s": (f"{mode}_samples_per_sec", ".2f"),
+        "ms": (f"{mode}_step_time", ".1f"),
+        "x base": (f"{mode}_over_base", ".2f"),
+        "GFLOPs": ("infer_gmacs", ".2f"),
+        "images/s per GFLOP": ("per_gflop", ".2f"),
+        "params M": ("param_count", ".1f"),
+        "peak extra MiB": (f"{mode}_peak_mib", ".1f"),
+    }
+    if sweep:
+        columns["ms/pixel"] = (f"{mode}_pixel_time_growth", ".2f")
+        columns["bytes/pixel"] = (f"{mode}_pixel_memory_growth", ".2f")
+    table, notes = [], []
+    for row in rows:
+        speed = row[f"{mode}_samples_per_sec"]
+        if speed is None:
+            notes.append(f"  not run: {label(row)}: {row['note']}")
+            continue
+        values = row | {"per_gflop": speed / row["infer_gmacs"]}
+        cells = [(values[column], form) for column, form in columns.values()]
+        table.append([label(row), *("" if x is None else f"{x:{form}}" for x, form in cells)])
+    title += f", {rows[0]['dtype']}, {rows[0]['device']}; base {rows[0]['base']}"
+    bench.show(console, title + "; per pixel: x first size" * sweep, ["", *columns], table)
+    for note in notes:
+        console.print(note)
+
+
+def judge(console: Console, rows: list[Row]) -> None:
+    """Print a verdict on every goal that the rows of a run speak of."""
+    verdicts = []
+    for goal in _GOALS:
+        ours, other = goal.figures(rows, goal.ours), goal.figures(rows, goal.other)
+        for batch_size in sorted(ours.keys() & other.keys()):
+            ratio = ours[batch_size] / other[batch_size]
+            met = ratio <= goal.bound if goal.per_pixel else ratio >= goal.bound
+            bound = f"{'<=' if goal.per_pixel else '>='} {goal.bound:g}"
+            title = f"{goal.title}, batch {batch_size}"
+            verdicts.append([title, f"{ratio:.2f}", bound, "met" if met else "MISSED"])
+    if verdicts:
+        title = "Goals: inference on one CPU thread, float32, not compiled"
+        bench.show(console, title, ["", "ratio", "goal", ""], verdicts)
+
+
+def _pixels(img_size: str) -> int:
+    height, _, width = img_size.partition("x")
+    return int(height) * int(width or height)
