@@ -183,7 +183,9 @@ def _features_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _bench_arguments(parser: argparse.ArgumentParser) -> None:
-    kinds = parser.add_subparsers(dest="what", metavar="ops|models|startup|plot", required=True)
+    kinds = parser.add_subparsers(
+        dest="what", metavar="ops|models|compile|startup|plot", required=True
+    )
 
     def kind(what: str, summary: str, rounds: int | None = None) -> argparse.ArgumentParser:
         added = kinds.add_parser(what, help=summary, description=summary, allow_abbrev=False)
@@ -203,6 +205,8 @@ def _bench_arguments(parser: argparse.ArgumentParser) -> None:
         timed.add_argument("--threads", type=int, metavar="N", help="of the CPU (default: 1)")
         timed.add_argument("--device", help="cpu (default)" + ", cuda, cuda:1" * (timed is models))
         timed.add_argument("--quick", action="store_true", help="a look, not a result")
+    compiled = kind("compile", "what torch.compile makes of the models")
+    compiled.add_argument("names", nargs="*", metavar="MODEL", help="(default: ours)")
     kind("startup", "what the program and the package cost before they do anything", 5)
     plot = kind("plot", "pictures of results, of `bench models` and of timm's benchmark.py")
     plot.add_argument("files", nargs="+", metavar="FILE.csv", help="results, of one or more runs")

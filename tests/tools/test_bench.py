@@ -87,3 +87,15 @@ def test_other_load_is_that_of_others():
     sum(range(3_000_000))
     busy, wall = (b - a for a, b in zip(here._before, here._seconds(), strict=True))
     assert busy < wall * os.cpu_count()
+
+
+def test_compile_is_told_the_models(program, tmp_path, monkeypatch):
+    def measure(console, names):
+        return [{"model": name, "graphs": 1} for name in names]
+
+    monkeypatch.setattr("vitarium.tools.bench_compile.measure", measure)
+    file = tmp_path / "compile.csv"
+    status, out, _ = program("bench", "compile", "nat_atto", "nat_mini", "--csv", file)
+    assert status == 0
+    assert out.endswith(f"wrote {file}\n")
+    assert [row["model"] for row in rows_of(file)] == ["nat_atto", "nat_mini"]

@@ -66,6 +66,10 @@ def run(args: Namespace) -> int:
             from vitarium.tools import bench_models
 
             rows = bench_models.measure(console, args, device, save)
+        elif args.what == "compile":
+            from vitarium.tools import bench_compile
+
+            rows = bench_compile.measure(console, args.names)
         else:
             from vitarium.tools import bench_startup
 
