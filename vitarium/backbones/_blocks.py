@@ -20,7 +20,6 @@ from timm.layers import (
     to_ntuple,
 )
 from timm.models import checkpoint_seq
-from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from vitarium.ops import neighborhood_attention
@@ -170,6 +169,22 @@ def checked_image(
     return image
 
 
+def taken_indices(count: int, indices: int | Sequence[int] | None) -> list[int]:
+    """Ascending indices out of ``count`` feature maps: all, the last so many, or those given."""
+    if indices is None:
+        return list(range(count))
+    if isinstance(indices, int):
+        taken = list(range(count - indices, count))
+    else:
+        taken = sorted({i + count if i < 0 else i for i in indices})
+    if not taken or taken[0] < 0 or taken[-1] >= count:
+        raise ValueError(
+            f"out_indices, indices: expected some of {count} feature maps from {-count} to "
+            f"{count - 1}, or how many of the last, got {indices!r}"
+        )
+    return taken
+
+
 def refuse_attention_dropout(rate: float) -> None:
     """Raise unless ``attn_drop_rate`` is 0: the ops have no dropout."""
     if rate:
@@ -272,7 +287,7 @@ class Backbone(nn.Module):
     def forward_intermediates(
         self,
         x: Tensor,
-        indices: int | list[int] | None = None,
+        indices: int | Sequence[int] | None = None,
         norm: bool = False,
         stop_early: bool = False,
         output_fmt: str = "NCHW",
@@ -282,7 +297,8 @@ class Backbone(nn.Module):
 
         Args:
             x: image [B, in_chans, H, W].
-            indices: which stages; an int for the last so many, None for all.
+            indices: which stages, negative ones counted from the last; an int for the last so
+                many; None for all.
             norm: apply the final LayerNorm to the maps that it fits: those with as many channels
                 as the last one.
             stop_early: do not compute stages behind the last index.
@@ -292,14 +308,17 @@ class Backbone(nn.Module):
         Returns:
             Maps in the order of the stages, or (final map, maps). The final map is what
             `forward_features` returns, or, stopped early, the last computed map as it is.
+
+        Raises:
+            ValueError: indices out of range, an unknown layout, or an image of a wrong size.
         """
         if output_fmt not in ("NCHW", "NHWC"):
             raise ValueError(f"output_fmt: expected NCHW or NHWC, got {output_fmt!r}")
         count = len(self.stages)
-        taken, last = feature_take_indices(count, indices)
+        taken = taken_indices(count, indices)
         x = self._embed(x)
         maps = []
-        for i in range(last + 1 if stop_early else count):
+        for i in range(taken[-1] + 1 if stop_early else count):
             x = self._stage(i, x)
             if i in taken:
                 normed = norm and self.feature_info[i]["num_chs"] == self.num_features
@@ -310,19 +329,23 @@ class Backbone(nn.Module):
         return (self.norm(x) if i == count - 1 else x), maps
 
     def prune_intermediate_layers(
-        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
+        self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
         """Remove what the feature maps ``indices`` do not need.
 
         The final norm goes with the last stage, or alone if ``prune_norm``.
 
         Returns:
-            The stages' indices, counted from the first.
+            The stages' indices, ascending, counted from the first.
+
+        Raises:
+            ValueError: indices out of range.
         """
-        taken, last = feature_take_indices(len(self.stages), indices)
-        if prune_norm or last < len(self.stages) - 1:
+        taken = taken_indices(len(self.stages), indices)
+        kept = self.stages[: taken[-1] + 1]
+        if prune_norm or len(kept) < len(self.stages):
             self.norm = nn.Identity()
-        setattr(self, self.stages_name, self.stages[: last + 1])
+        setattr(self, self.stages_name, kept)
         if isinstance(self.stages[-1], Level):
             self.stages[-1].downsample = nn.Identity()
         if prune_head:
