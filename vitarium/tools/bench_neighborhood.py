@@ -7,7 +7,7 @@ ours.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -23,20 +23,62 @@ _Candidate = Callable[[_Inputs], Tensor]
 
 
 @dataclass(frozen=True)
-class Neighborhood:
-    """One shape: batch x size x size, heads of head_dim channels."""
+class Shape:
+    """Maps batch x size x size with heads of head_dim channels, and their windows."""
 
     size: int
     heads: int
+    dilation: int = 1
     goals: dict[str, float] = field(default_factory=dict)
     batch: int = 2
     head_dim: int = 32
     kernel_size: int = 7
-    op: str = "neighborhood"
+    biases: tuple[bool, ...] = (False, True)
 
     @property
     def title(self) -> str:
-        return f"{self.size}x{self.size} x {self.heads} heads"
+        dilated = f", dilation {self.dilation}" if self.dilation > 1 else ""
+        return f"{self.size}x{self.size} x {self.heads} heads{dilated}"
+
+    @property
+    def window(self) -> dict[str, int]:
+        """The op's arguments that are not tensors."""
+        return {"kernel_size": self.kernel_size, "dilation": self.dilation}
+
+    @cached_property
+    def neighbors(self) -> tuple[Tensor, Tensor]:
+        """Per position of an axis, its neighbors and their bias entries: [size, kernel_size]."""
+        position = torch.arange(self.size)
+        residue, rank = position % self.dilation, position // self.dilation
+        last = (self.size - 1 - residue) // self.dilation - self.kernel_size + 1
+        start = torch.minimum((rank - self.kernel_size // 2).clamp(0), last)
+        neighbor = start[:, None] + torch.arange(self.kernel_size)
+        entry = neighbor - rank[:, None] + self.kernel_size - 1
+        return residue[:, None] + neighbor * self.dilation, entry
+
+    def neighbor_bias(self, bias: Tensor) -> Tensor:
+        """[heads, H, W, kh, kw]."""
+        entry = self.neighbors[1]
+        return bias[:, entry[:, None, :, None], entry[None, :, None, :]]
+
+    def gathered(self, x: Tensor) -> Tensor:
+        """[B, H, W, kh, kw, heads, head_dim]."""
+        neighbor = self.neighbors[0]
+        return x[:, neighbor[:, None, :, None], neighbor[None, :, None, :]]
+
+    def offsets(self, x: Tensor) -> Iterator[Tensor]:
+        """Every position's first neighbor, its second, and so on: [B, H, W, heads, head_dim]."""
+        neighbor = self.neighbors[0]
+        for i in range(self.kernel_size):
+            for j in range(self.kernel_size):
+                yield x.index_select(1, neighbor[:, i]).index_select(2, neighbor[:, j])
+
+
+@dataclass(frozen=True)
+class Neighborhood(Shape):
+    """Attention at one shape."""
+
+    op: str = "neighborhood"
 
     def inputs(self, biased: bool) -> _Inputs:
         torch.manual_seed(0)
@@ -51,7 +93,7 @@ class Neighborhood:
 
     def oracle(self, inputs: _Inputs) -> Tensor:
         exact = {name: x.double() for name, x in inputs.items()}
-        return neighborhood_attention(**exact, kernel_size=self.kernel_size, impl="reference")
+        return neighborhood_attention(**exact, **self.window, impl="reference")
 
     def candidates(self, biased: bool, backward: bool) -> dict[str, _Candidate | str]:
         found: dict[str, _Candidate | str] = {"vitarium": self._ours}
@@ -78,32 +120,20 @@ class Neighborhood:
         return found
 
     def _ours(self, inputs: _Inputs) -> Tensor:
-        return neighborhood_attention(**inputs, kernel_size=self.kernel_size)
+        return neighborhood_attention(**inputs, **self.window)
 
     def _natten(self, inputs: _Inputs) -> Tensor:
-        return neighborhood_attention(**inputs, kernel_size=self.kernel_size, impl="natten")
-
-    @cached_property
-    def _window(self) -> tuple[Tensor, Tensor]:
-        """Per position of an axis, its neighbors and their bias entries: [size, kernel_size]."""
-        position = torch.arange(self.size)
-        start = (position - self.kernel_size // 2).clamp(0, self.size - self.kernel_size)
-        neighbor = start[:, None] + torch.arange(self.kernel_size)
-        return neighbor, neighbor - position[:, None] + self.kernel_size - 1
-
-    def _neighbor_bias(self, bias: Tensor) -> Tensor:
-        """[heads, H, W, kh, kw]."""
-        entry = self._window[1]
-        return bias[:, entry[:, None, :, None], entry[None, :, None, :]]
+        return neighborhood_attention(**inputs, **self.window, impl="natten")
 
     @cached_property
     def _dense_tables(self) -> tuple[Tensor, Tensor]:
         """Of every pair of positions: whether the key is a neighbor, and its bias entry."""
-        neighbor, _ = self._window
+        neighbor, _ = self.neighbors
         position = torch.arange(self.size)
         near = (neighbor[:, :, None] == position).any(1)
         last = 2 * self.kernel_size - 2
-        entry = (position - position[:, None] + self.kernel_size - 1).clamp(0, last)
+        step = (position - position[:, None]) // self.dilation
+        entry = (step + self.kernel_size - 1).clamp(0, last)
         tokens = self.size**2
         entries = entry[:, None, :, None] * (last + 1) + entry[None, :, None, :]
         both = near[:, None, :, None] & near[None, :, None, :]
@@ -127,43 +157,39 @@ class Neighborhood:
         return out.transpose(1, 2).unflatten(1, (self.size, self.size))
 
     def _gather(self, inputs: _Inputs) -> Tensor:
-        neighbor, _ = self._window
-        rows, columns = neighbor[:, None, :, None], neighbor[None, :, None, :]
         query = inputs["query"] * self.head_dim**-0.5
-        scores = torch.einsum("bhwnd,bhwklnd->bnhwkl", query, inputs["key"][:, rows, columns])
+        scores = torch.einsum("bhwnd,bhwklnd->bnhwkl", query, self.gathered(inputs["key"]))
         if "bias" in inputs:
-            scores = scores + self._neighbor_bias(inputs["bias"])
+            scores = scores + self.neighbor_bias(inputs["bias"])
         weights = scores.flatten(4).softmax(-1).view_as(scores)
-        return torch.einsum("bnhwkl,bhwklnd->bhwnd", weights, inputs["value"][:, rows, columns])
+        return torch.einsum("bnhwkl,bhwklnd->bhwnd", weights, self.gathered(inputs["value"]))
 
     def _offsets(self, inputs: _Inputs) -> Tensor:
-        neighbor, _ = self._window
-        pairs = [(i, j) for i in range(self.kernel_size) for j in range(self.kernel_size)]
-
-        def at(x: Tensor, i: int, j: int) -> Tensor:
-            return x.index_select(1, neighbor[:, i]).index_select(2, neighbor[:, j])
-
         query = inputs["query"] * self.head_dim**-0.5
-        scores = torch.stack([(query * at(inputs["key"], i, j)).sum(-1) for i, j in pairs], -1)
+        scores = torch.stack([(query * k).sum(-1) for k in self.offsets(inputs["key"])], -1)
         if "bias" in inputs:
-            scores = scores + self._neighbor_bias(inputs["bias"]).flatten(3).permute(1, 2, 0, 3)
+            scores = scores + self.neighbor_bias(inputs["bias"]).flatten(3).permute(1, 2, 0, 3)
         weights = scores.softmax(-1)
         out = torch.zeros_like(query)
-        for n, (i, j) in enumerate(pairs):
-            out = out + weights[..., n, None] * at(inputs["value"], i, j)
+        for n, v in enumerate(self.offsets(inputs["value"])):
+            out = out + weights[..., n, None] * v
         return out
 
     def _flex(self) -> _Candidate:
         from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-        size, kernel = self.size, self.kernel_size
+        size, kernel, dilation = self.size, self.kernel_size, self.dilation
+
+        def near_on_axis(q: Tensor, k: Tensor) -> Tensor:
+            residue = q % dilation
+            last = (size - 1 - residue) // dilation - kernel + 1
+            start = torch.minimum((q // dilation - kernel // 2).clamp(0), last)
+            rank = k // dilation
+            return (k % dilation == residue) & (rank >= start) & (rank < start + kernel)
 
         def near(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
             del b, h
-            first_row = (q // size - kernel // 2).clamp(0, size - kernel)
-            first_column = (q % size - kernel // 2).clamp(0, size - kernel)
-            row, column = k // size - first_row, k % size - first_column
-            return (row >= 0) & (row < kernel) & (column >= 0) & (column < kernel)
+            return near_on_axis(q // size, k // size) & near_on_axis(q % size, k % size)
 
         mask = create_block_mask(near, None, None, size**2, size**2, device="cpu")
         compiled = torch.compile(flex_attention, dynamic=False)  # a CPU builds no dynamic sizes
@@ -175,9 +201,9 @@ class Neighborhood:
                 last = 2 * kernel - 2
 
                 def add_bias(score: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-                    row = (k // size - q // size + kernel - 1).clamp(0, last)
-                    column = (k % size - q % size + kernel - 1).clamp(0, last)
-                    return score + bias[h, row, column]
+                    row, column = k // size - q // size, k % size - q % size
+                    entries = [(x // dilation + kernel - 1).clamp(0, last) for x in (row, column)]
+                    return score + bias[h, entries[0], entries[1]]
 
                 score_mod = add_bias
             query, key, value = (
@@ -190,15 +216,23 @@ class Neighborhood:
 
 
 def cases(quick: bool) -> list[Neighborhood]:
-    """NAT's three large maps at 224 pixels; the smallest of them if quick."""
+    """NAT's three large maps at 224 pixels and DiNAT's dilations; the smallest if quick.
+
+    DiNAT dilates by 8, 4 and 2 at 56 x 56, 28 x 28 and 14 x 14; 7 x 7 windows fit a map of 28
+    up to a dilation of 4 and a map of 14 up to 2, where every class is one window. The goals of
+    dilated maps are three quarters of those without dilation.
+    """
 
     def goals(forward: float, biased: float, training: float) -> dict[str, float]:
         passes = ("forward", "forward, bias", "forward+backward, bias")
         return dict(zip(passes, (forward, biased, training), strict=True))
 
-    found = [
-        Neighborhood(56, 2, goals(6, 7, 4.5)),
-        Neighborhood(28, 4, goals(2, 3, 3)),
-        Neighborhood(14, 8, goals(1.0, 1.1, 1.0)),
-    ]
-    return found[-1:] if quick else found
+    smallest = Neighborhood(14, 8, goals=goals(1.0, 1.1, 1.0))
+    if quick:
+        return [smallest]
+    large, middle = goals(6, 7, 4.5), goals(2, 3, 3)
+    found = [Neighborhood(56, 2, goals=large), Neighborhood(28, 4, goals=middle), smallest]
+    for size, heads, dilations, plain in ((56, 2, (2, 4, 8), large), (28, 4, (2, 4), middle)):
+        dilated = {name: 0.75 * goal for name, goal in plain.items()}
+        found += [Neighborhood(size, heads, dilation, dilated) for dilation in dilations]
+    return found

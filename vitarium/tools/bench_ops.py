@@ -10,18 +10,29 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor
 
-from vitarium.tools import bench, bench_neighborhood
+from vitarium.tools import bench, bench_neighborhood, bench_neighborhood_parts
 
 Candidate = Callable[[dict[str, Tensor]], Tensor]
-_MODULES = {"neighborhood": bench_neighborhood}
 
 
 class Case(Protocol):
     """One op at one shape: what a module of candidates has to offer."""
 
-    op: str
-    title: str
-    goals: dict[str, float]  # pass -> best peer / ours that we hold ourselves to
+    @property
+    def op(self) -> str:
+        """Its name."""
+
+    @property
+    def title(self) -> str:
+        """The shape."""
+
+    @property
+    def biases(self) -> tuple[bool, ...]:
+        """Whether there are passes without a position bias, with one."""
+
+    @property
+    def goals(self) -> dict[str, float]:
+        """Pass -> best peer / ours that we hold ourselves to."""
 
     def inputs(self, biased: bool) -> dict[str, Tensor]:
         """Random inputs that require gradients."""
@@ -33,20 +44,27 @@ class Case(Protocol):
         """Ours first, then the peers: functions, or why one cannot take part."""
 
 
+_CASES: dict[str, Callable[[bool], Sequence[Case]]] = {
+    "neighborhood": bench_neighborhood.cases,
+    "neighborhood_scores": bench_neighborhood_parts.scores_cases,
+    "neighborhood_mix": bench_neighborhood_parts.mix_cases,
+}
+
+
 def measure(
     console: Console, names: Sequence[str], rounds: int, quick: bool
 ) -> list[dict[str, Any]]:
     """Time the named ops (all if none) and print a table for every case and pass."""
     for name in names:
-        if name not in _MODULES:
-            raise ValueError(f"bench ops: expected ops among {', '.join(_MODULES)}, got {name!r}")
+        if name not in _CASES:
+            raise ValueError(f"bench ops: expected ops among {', '.join(_CASES)}, got {name!r}")
     rows: list[dict[str, Any]] = []
     verdicts = []
     with Progress(console=Console(stderr=True), transient=True) as progress:
-        for name in names or _MODULES:
-            for case in _MODULES[name].cases(quick):
+        for name in names or _CASES:
+            for case in _CASES[name](quick):
                 for backward in (False, True):
-                    for biased in (False, True):
+                    for biased in case.biases:
                         found = _measure(progress, case, biased, backward, rounds)
                         _show(console, found)
                         verdicts.append(_verdict(case, found))
@@ -98,7 +116,7 @@ def _step(
 
     if not backward:
         return forward
-    probe = torch.randn(inputs["query"].shape)
+    probe = torch.randn_like(forward())
 
     def training() -> tuple[Tensor, ...]:
         return torch.autograd.grad(candidate(inputs), list(inputs.values()), probe)
