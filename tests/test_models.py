@@ -162,6 +162,20 @@ def test_features_only_by_default_gives_the_described_maps(name):
 
 
 @torch.no_grad()
+def test_indices_out_of_range_are_refused(name):
+    model = create(name)
+    count = len(model.feature_info)
+    for indices in ([count], [-count - 1], [0, count], [], 0, count + 1):
+        with pytest.raises(ValueError, match="indices: expected"):
+            model.forward_intermediates(image(), indices=indices)
+        with pytest.raises(ValueError, match="indices: expected"):
+            model.prune_intermediate_layers(indices)
+        if indices != 0:
+            with pytest.raises(ValueError, match="indices: expected"):
+                create(name, features_only=True, out_indices=indices)
+
+
+@torch.no_grad()
 def test_intermediates_with_the_final_map(name):
     model, x = create(name), image()
     final, maps = model.forward_intermediates(x)

@@ -92,7 +92,7 @@ def _rows(name: str) -> list[dict[str, Any]]:
         sizes = [(n, n), (n + 32, n + 32), (n + 32, n), (n, n + 64), (n + 1, n + 13)]
         changes["H x W"] = [(2, channels, *size) for size in sizes]
         if n > smallest:
-            sizes = [(smallest, smallest), (smallest + 5, smallest + 19), (smallest, n + 32)]
+            sizes = [(smallest, smallest), (smallest + 5, n + 32)]
             changes["padded maps"] = [(2, channels, *size) for size in sizes]
     rows = []
     for change, shapes in changes.items():
