@@ -206,7 +206,7 @@ def _bench_arguments(parser: argparse.ArgumentParser) -> None:
         timed.add_argument("--device", help="cpu (default)" + ", cuda, cuda:1" * (timed is models))
         timed.add_argument("--quick", action="store_true", help="a look, not a result")
     compiled = kind("compile", "what torch.compile makes of the models")
-    compiled.add_argument("names", nargs="*", metavar="MODEL", help="(default: ours)")
+    compiled.add_argument("names", nargs="*", metavar="MODEL", help="(default: every *_atto)")
     kind("startup", "what the program and the package cost before they do anything", 5)
     plot = kind("plot", "pictures of results, of `bench models` and of timm's benchmark.py")
     plot.add_argument("files", nargs="+", metavar="FILE.csv", help="results, of one or more runs")
