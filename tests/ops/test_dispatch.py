@@ -6,7 +6,12 @@ import sys
 import pytest
 import torch
 
-from vitarium.ops import _dispatch
+from vitarium.ops import (
+    _dispatch,
+    neighborhood_attention,
+    neighborhood_mix,
+    neighborhood_scores,
+)
 
 
 def test_importing_is_silent_without_triton():
@@ -23,3 +28,18 @@ def test_an_op_without_a_gradient_says_so():
     assert torch.equal(double(x), torch.full((3,), 2.0))
     with pytest.raises(RuntimeError, match="vitarium::test_double has no gradient"):
         double(x).sum().backward()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("op", [neighborhood_attention, neighborhood_scores, neighborhood_mix])
+def test_autocast_changes_nothing(op, dtype):
+    """Ops compute in the precision of what they get, gradients inside the block included."""
+    args = torch.randn(3, 1, 6, 6, 2, 9).to(dtype).requires_grad_().unbind()
+    args = args if op is neighborhood_attention else args[:2]
+    found = []
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            out = op(*args, kernel_size=3)
+            found.append((out, *torch.autograd.grad(out.float().square().sum(), args)))
+    for plain, cast in zip(*found, strict=True):
+        assert torch.equal(plain, cast)

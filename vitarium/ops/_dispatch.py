@@ -34,7 +34,7 @@ def define(
     Args:
         name: the op's name.
         schema: its arguments and results, ``(Tensor query, ...) -> Tensor``.
-        kernel: what computes it.
+        kernel: what computes it; autocast is off inside.
         fake: what gives its results' shapes and strides for fake and meta tensors.
         flops: FLOPs of a call, 2 per multiply-add; it gets shapes in the place of tensors.
         setup_context: what the gradient keeps, as `torch.library.register_autograd` has it.
@@ -44,8 +44,16 @@ def define(
         The op, to be called with all arguments.
     """
     qualified = f"vitarium::{name}"
+
+    def run(*args: Any) -> Any:
+        device = args[0].device.type
+        if not torch.is_autocast_enabled(device):
+            return kernel(*args)
+        with torch.autocast(device, enabled=False):  # kernels choose each product's precision
+            return kernel(*args)
+
     torch.library.define(qualified, schema)
-    torch.library.impl(qualified, "default", kernel)
+    torch.library.impl(qualified, "default", run)
     torch.library.register_fake(qualified, fake)
 
     def refuse(*_: Any) -> None:

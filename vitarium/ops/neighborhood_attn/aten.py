@@ -307,16 +307,15 @@ _attention = _dispatch.define(
 
 def _traced(call: Call) -> Tensor:
     batch, height, width, heads, _ = call.query.shape
-    padded = call.padded_size
-    size = (height, width)
-    traced = tiles.traced(size, padded, call.kernel_size, call.dilation, call.query.device)
-    entry = tiles.entries(traced.rows.entry, traced.columns.entry, call.kernel_size)
-
+    size = padded = (height, width)
     key, value = (x.flatten(3).flatten(1, 2) for x in (call.key, call.value))
-    if call.pad is not None and padded != size:
+    if call.pad is not None:
+        # whether a map needs it or not: one program for both
+        padded = tiles.padded_size(size, call.kernel_size, call.dilation)
         fill = call.pad.flatten(1)[:, None, None].expand(-1, batch, -1, -1)
         key, value = torch.cat([key, fill[1]], 1), torch.cat([value, fill[2]], 1)
-
+    traced = tiles.traced(size, padded, call.kernel_size, call.dilation, call.query.device)
+    entry = tiles.entries(traced.rows.entry, traced.columns.entry, call.kernel_size)
     bias = call.bias
     if bias is None:
         bias = call.query.new_zeros(1, 2 * call.kernel_size[0] - 1, 2 * call.kernel_size[1] - 1)

@@ -44,7 +44,11 @@ class Axis(NamedTuple):
 
 def padded_size(size: Pair, kernel: Pair, dilation: Pair) -> Pair:
     """The smallest map from ``size`` on that holds every class's window."""
-    return max(size[0], kernel[0] * dilation[0]), max(size[1], kernel[1] * dilation[1])
+    # traced sizes may be unknown: torch's maximum decides nothing
+    height, width = (
+        torch.sym_max(n, k * d) for n, k, d in zip(size, kernel, dilation, strict=True)
+    )
+    return height, width
 
 
 def count(length: int, dilation: int, tile: int) -> int:
