@@ -44,6 +44,7 @@ def shown(tmp_path_factory):
 def test_every_file_that_it_names_is_there(shown):
     folder, text = shown
     names = ["digit", "digits", "china", "china.features", "flower", "flower.features"]
+    names += [f"china.{model}.neighborhoods" for model in ("nat_atto", "dinat_mini")]
     assert wrote(text, folder) == [folder / "outputs" / f"{name}.png" for name in names]
     assert sorted((folder / "outputs").iterdir()) == sorted(wrote(text, folder))
 
@@ -66,6 +67,11 @@ def test_the_pictures(shown):
         assert sheet.width > 3 * 480
         assert sheet.height > 2 * 320
         assert len(sheet.getcolors(sheet.width * sheet.height)) > 5000
+    for model, rows in (("nat_atto", 1), ("dinat_mini", 2)):
+        sheet = Image.open(folder / f"china.{model}.neighborhoods.png")
+        assert sheet.width > 4 * 400
+        assert sheet.height // rows > 267
+        assert len(sheet.getcolors(sheet.width * sheet.height)) > 3000
     assert Image.open(folder / "digit.png").size == (64, 64)
     grid = Image.open(folder / "digits.png")
     assert grid.width == 1200

@@ -1,17 +1,26 @@
-"""What `predict` and `features` share: images from files, model names, devices."""
+"""What several tools share: images, models and weights as a user names them, sheets of pictures."""
 
 from __future__ import annotations
 
 import struct
+from argparse import Namespace
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import timm
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
+from timm.data import resolve_data_config
 from timm.models import PretrainedCfg, get_arch_pretrained_cfgs, get_pretrained_cfg
+from torch import Tensor, nn
+from torchvision.transforms.functional import normalize, to_tensor
 
 from vitarium.tools.list import did_you_mean
+
+GAP = 12  # between the panels of a sheet, in pixels
+FONT_SIZE = 16
 
 # What Pillow's decoders raise on broken files.
 _DECODER_ERRORS = (
@@ -55,6 +64,19 @@ def _rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
+def resized(image: Image.Image, height: int, width: int) -> Image.Image:
+    """The image in another size, bicubically."""
+    return image.resize((width, height), Image.Resampling.BICUBIC)
+
+
+def scaled(image: Image.Image, size: int | None) -> Image.Image:
+    """The image with its shorter side scaled to ``size`` pixels; as it is if None."""
+    if size is None:
+        return image
+    scale = size / min(image.size)
+    return resized(image, round(image.height * scale), round(image.width * scale))
+
+
 def check_model(name: str, pretrained: bool) -> PretrainedCfg:
     """What timm knows about a vitarium or timm model and its weights, of its first tag by default.
 
@@ -75,6 +97,43 @@ def check_model(name: str, pretrained: bool) -> PretrainedCfg:
     return cfg
 
 
+def chosen_weights(args: Namespace) -> tuple[PretrainedCfg, str, dict[str, Any]]:
+    """The weights that ``--random``, ``--checkpoint`` or neither asks for.
+
+    Random ones are the same every time: this seeds torch.
+
+    Returns:
+        What timm knows about the model, what to call its weights, FeatureBackbone's arguments.
+
+    Raises:
+        ValueError: unknown model, or no pretrained weights where they are asked for.
+    """
+    cfg = check_model(args.model, pretrained=not args.random and args.checkpoint is None)
+    if args.random:
+        torch.manual_seed(0)
+        return cfg, "random weights", {}
+    if args.checkpoint is not None:
+        return cfg, f"weights of {args.checkpoint}", {"checkpoint": args.checkpoint}
+    return cfg, f"pretrained weights ({cfg.tag})", {"pretrained": True}
+
+
+def model_input(image: Image.Image, model: nn.Module) -> Tensor:
+    """An RGB image as the model's weights want it: [1, 3, H, W], normalized, on its device.
+
+    Raises:
+        ValueError: the model is in training mode, or nothing in it has a ``pretrained_cfg``
+            that tells mean and standard deviation.
+    """
+    if model.training:
+        raise ValueError("model: expected eval mode, got training mode")
+    cfgs = [m.pretrained_cfg for m in model.modules() if hasattr(m, "pretrained_cfg")]
+    if not cfgs:
+        raise ValueError("model: expected a module with a pretrained_cfg, found none")
+    config = resolve_data_config(pretrained_cfg=cfgs[0])
+    pixels: Tensor = normalize(to_tensor(image), config["mean"], config["std"])
+    return pixels[None].to(next(model.parameters()))
+
+
 def pick_device(name: str | None) -> torch.device:
     """The device of this name; without one, CUDA's where there is one, else the CPU.
 
@@ -88,3 +147,30 @@ def pick_device(name: str | None) -> torch.device:
     except (RuntimeError, AssertionError) as error:  # AssertionError: torch without CUDA
         reason = str(error).splitlines()[0]
         raise ValueError(f"device: {name!r} cannot be used here: {reason}") from error
+
+
+def sheet(title: str, rows: Sequence[Sequence[tuple[Image.Image, str]]]) -> Image.Image:
+    """Rows of panels of one size, each with a caption of one or more lines under it."""
+    font = ImageFont.load_default(FONT_SIZE)
+    line = FONT_SIZE + GAP // 4
+    width, height = rows[0][0][0].size
+    captions = [caption.splitlines() for row in rows for _, caption in row]
+    step_x = GAP + max(width, *(_length(text, font) for lines in captions for text in lines))
+    step_y = height + GAP // 4 + line * max(map(len, captions)) + GAP
+    top = FONT_SIZE + 2 * GAP
+    across = max(step_x * max(map(len, rows)), _length(title, font) + GAP)
+    drawn = Image.new("RGB", (GAP + across, top + step_y * len(rows)), "white")
+    draw = ImageDraw.Draw(drawn)
+    draw.text((GAP, GAP), title, fill="black", font=font)
+    for i, row in enumerate(rows):
+        for j, (panel, caption) in enumerate(row):
+            x, y = GAP + j * step_x, top + i * step_y
+            drawn.paste(panel, (x, y))
+            for k, text in enumerate(caption.splitlines()):
+                at = (x, y + height + GAP // 4 + k * line)
+                draw.text(at, text, fill="black", font=font)
+    return drawn
+
+
+def _length(text: str, font: Any) -> int:
+    return round(font.getlength(text))

@@ -1,4 +1,4 @@
-"""`vitarium demo`: real digits classified, real photographs' features pictured, and what is next.
+"""`vitarium demo`: digits classified, photographs' features and attention pictured, what is next.
 
 Everything it needs is on the machine: the digits and photographs are scikit-learn's, the weights
 are in the package.
@@ -22,6 +22,7 @@ from PIL import Image
 from torch import Tensor
 
 from vitarium.heads.features import FeatureBackbone
+from vitarium.tools._common import scaled
 from vitarium.tools.digits import (
     MODEL,
     Digits,
@@ -31,13 +32,17 @@ from vitarium.tools.digits import (
     split,
 )
 from vitarium.tools.features import pyramid_picture
+from vitarium.tools.visualize import neighborhood_picture
 
 _PHOTOS = ("china", "flower")
+_DILATED = "dinat_mini"
+_SIZE = 224  # shorter side of the photograph for attention, in pixels
+_PIXEL = (106, 90)  # of it: on the pagoda
 _COLUMNS, _ROWS = 12, 6
 
 
 def run(args: Namespace) -> int:
-    """Classify the held-out digits, picture two photographs' features, print further commands.
+    """Classify the held-out digits, picture features and attention, print further commands.
 
     Raises:
         ValueError: scikit-learn or matplotlib is missing.
@@ -52,7 +57,7 @@ def run(args: Namespace) -> int:
     out.mkdir(parents=True, exist_ok=True)
 
     count = len(held_out.labels)
-    _say(f"1/3 {MODEL} classifies scikit-learn's last {count} digits, which it never saw")
+    _say(f"1/4 {MODEL} classifies scikit-learn's last {count} digits, which it never saw")
     model = timm.create_model(MODEL, pretrained=True)
     chances = probabilities(model, held_out)
     _say(indent(comparison(chances.argmax(-1), training, held_out), "    "))
@@ -63,7 +68,7 @@ def run(args: Namespace) -> int:
     mistakes = _save_predictions(sheet, held_out, chances)
     _wrote(sheet, f"its answers; the {mistakes} mistakes come first, in red")
 
-    _say(f"2/3 feature pyramids of two photographs, by weights that know only digits ({MODEL})")
+    _say(f"2/4 feature pyramids of two photographs, by weights that know only digits ({MODEL})")
     backbone = FeatureBackbone(MODEL, pretrained=True).eval()
     for name in _PHOTOS:
         photo = out / f"{name}.png"
@@ -75,7 +80,20 @@ def run(args: Namespace) -> int:
         pyramid_picture(image, backbone, title).save(pyramid)
         _wrote(pyramid, "principal components of four feature maps, as colours")
 
-    _say(f"3/3 done in {time.monotonic() - start:.0f} s; what you may want next")
+    _say("3/4 what one pixel attends to: plain neighborhoods (NAT) and dilated ones (DiNAT)")
+    image = scaled(_photograph(_PHOTOS[0]), _SIZE)
+    torch.manual_seed(0)
+    dilated = timm.create_model(_DILATED)
+    for name, network, weights in (
+        (MODEL, model, "trained on digits alone"),
+        (_DILATED, dilated, "random weights"),
+    ):
+        drawing = out / f"{_PHOTOS[0]}.{name.partition('.')[0]}.neighborhoods.png"
+        title = f"{_PHOTOS[0]}.jpg, {name} ({weights})"
+        neighborhood_picture(image, network.eval(), _PIXEL, title).save(drawing)
+        _wrote(drawing, f"one pixel's neighborhoods in {name} ({weights})")
+
+    _say(f"4/4 done in {time.monotonic() - start:.0f} s; what you may want next")
     for command in _next_commands(digit, out / f"{_PHOTOS[0]}.png", out):
         _say(f"    {command}")
     return 0
