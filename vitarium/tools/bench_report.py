@@ -82,7 +82,7 @@ def show(console: Console, title: str, mode: str, rows: list[Row], sweep: bool) 
         "ms": (f"{mode}_step_time", ".1f"),
         "x base": (f"{mode}_over_base", ".2f"),
         "GFLOPs": ("infer_gmacs", ".2f"),
-        "images/s per GFLOP": ("per_gflop", ".2f"),
+        "images/s per GFLOP": ("per_gflop", ".3g"),
         "params M": ("param_count", ".1f"),
         "peak extra MiB": (f"{mode}_peak_mib", ".1f"),
     }
