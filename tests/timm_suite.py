@@ -141,7 +141,7 @@ def main() -> int:
         status = int(pytest.main([*alone, str(tests / "test_models.py"), *rest], [suite]))
     if untested := [name for name in names if not suite.ran[name]]:
         print(f"timm_suite: no test passed on {', '.join(untested)}", file=sys.stderr)
-    return status or bool(untested)
+    return status or int(bool(untested))
 
 
 if __name__ == "__main__":
