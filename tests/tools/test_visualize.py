@@ -186,6 +186,18 @@ def test_a_small_window_is_shown_enlarged_in_the_farthest_corner():
             assert abs(colour(sheet, (x + 2) * scale, (y + 2) * scale) - viridis(index)).max() < 3
 
 
+@pytest.mark.parametrize("size", [(16, 64), (64, 16)])
+def test_a_narrow_photograph_has_its_legend_and_no_room_to_enlarge(size):
+    drawn = attention(4)
+    sheet = np.asarray(picture(Image.new("RGB", size), [drawn], (6, 6), "title"))
+    bottom = 40 + round(size[1] * 400 / 64)
+    bar = sheet[bottom + 10, 12 : 12 + 310].astype(int)
+    assert np.abs(bar - colormaps["viridis"](1.0, bytes=True)[:3]).max(-1).min() == 0
+    assert (sheet[bottom + 4 : bottom + 26, 12 + 300 : 12 + 310] == 255).all()
+    end = sheet[bottom - 20, 12 + round(size[0] * 400 / 64) - 20]
+    assert end.max() == 0
+
+
 def test_plain_blocks_are_above_dilated_ones():
     image = Image.new("RGB", (64, 64))
     found = [attention(8), attention(8), attention(8, dilation=2)]

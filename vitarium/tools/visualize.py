@@ -42,6 +42,7 @@ _OVERSAMPLED = 3
 _DIM = 0.65  # brightness of the photograph
 _COVER = 0.85  # opacity of the cells
 _BAR = 120  # length of the colour scale, in pixels
+_LEGEND = 310  # room for it and its labels
 
 
 @dataclass(frozen=True)
@@ -291,12 +292,12 @@ def _described(attention: Attention) -> list[str]:
 def _panel(image: Image.Image, attention: Attention, pixel: tuple[int, int]) -> Image.Image:
     """The photograph with the neighbors' cells, a small window enlarged, and the colours' scale."""
     drawn = _drawn(image, attention, pixel, (0, 0, *image.size), _PANEL)
-    if attention.span * _SMALL < max(image.size):
+    if attention.span * _SMALL < max(image.size) and min(drawn.size) > _INSET:
         _enlarge(drawn, image, attention, pixel)
     font = ImageFont.load_default(FONT_SIZE)
     weights = attention.weights.mean(0)
     low, high = f"weights {weights.min():.2%} ", f" {weights.max():.2%}"
-    panel = Image.new("RGB", (drawn.width, drawn.height + FONT_SIZE + 10), "white")
+    panel = Image.new("RGB", (max(drawn.width, _LEGEND), drawn.height + FONT_SIZE + 10), "white")
     panel.paste(drawn)
     draw = ImageDraw.Draw(panel)
     top, left = drawn.height + 4, round(font.getlength(low))
