@@ -39,7 +39,7 @@ def test_models_run_without_optional_packages_and_network():
         for name in entries():
             if name.endswith("_atto"):
                 model = timm.create_model(name)
-                model(torch.randn(1, 3, 64, 48)).sum().backward()
+                model(torch.randn(1, 3, 64, 64)).sum().backward()
                 print(name)
         print(vitarium.ops.explain(
             "neighborhood", *torch.randn(3, 1, 7, 7, 1, 8), kernel_size=7).chosen)

@@ -250,6 +250,7 @@ def test_pruning_keeps_the_maps_and_no_more(name, indices, prune_norm):
     maps = model.forward_intermediates(x, indices=taken, intermediates_only=True)
     assert all(torch.equal(y, z) for y, z in zip(maps, expected, strict=True))
     assert model.num_classes == 0
+    assert not any(module.training for module in model.modules())
 
     model.train().requires_grad_()
     with torch.enable_grad():
@@ -454,6 +455,7 @@ def test_classifier_is_replaced_and_removed(name):
     model.reset_classifier(5, "catavgmax")
     assert model.head_hidden_size == 2 * model.num_features
     assert model(x).shape == (1, 5)
+    assert not any(module.training for module in model.modules())
     with pytest.raises(ValueError, match="global_pool: expected one of .*, got 'median'"):
         model.reset_classifier(5, "median")
 

@@ -12,6 +12,7 @@ import torch
 from golden import op_case, sample
 from harness import flops, gradients, record
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from vitarium.ops import explain, neighborhood_attention, use_impl
 
@@ -349,6 +350,18 @@ def test_compile_fullgraph(size: tuple[int, int], kernel: int, dilation: int, pa
     torch.testing.assert_close(out, expected)
     for name, grad in gradients(out, leaves).items():
         torch.testing.assert_close(grad, wanted[name], msg=name)
+
+
+def test_one_program_for_maps_that_are_padded_and_that_are_not() -> None:
+    counter = CompileCounterWithBackend("eager")
+    torch._dynamo.reset()
+    compiled = torch.compile(neighborhood_attention, fullgraph=True, backend=counter, dynamic=True)
+    for size in ((11, 14), (5, 20), (30, 8), (3, 4), (12, 11)):
+        x = {n: y.detach() for n, y in inputs(size, 5, True).items()}
+        args = dict(x, kernel_size=5, dilation=(1, 2))
+        expected = neighborhood_attention(**args, impl="reference")
+        torch.testing.assert_close(compiled(**args), expected)
+    assert counter.frame_count == 1
 
 
 @pytest.mark.skipif(shutil.which("c++") is None, reason="inductor needs a C++ compiler")

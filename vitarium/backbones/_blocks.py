@@ -278,6 +278,8 @@ class Backbone(nn.Module):
         if num_classes > 0:
             self.head = nn.Linear(self.head_hidden_size, num_classes, **get_device_dtype(self))
             self._init_weights(self.head)
+        for fresh in (self.global_pool, self.head):
+            fresh.train(self.training)
 
     def _embed(self, image: Tensor) -> Tensor:
         image = checked_image(image, self.in_chans, self.min_size, self.img_size)
@@ -343,11 +345,12 @@ class Backbone(nn.Module):
         """
         taken = taken_indices(len(self.stages), indices)
         kept = self.stages[: taken[-1] + 1]
+        kept.training = self.training  # the list's own flag: the modules in it keep theirs
         if prune_norm or len(kept) < len(self.stages):
-            self.norm = nn.Identity()
+            self.norm = nn.Identity().train(self.training)
         setattr(self, self.stages_name, kept)
         if isinstance(self.stages[-1], Level):
-            self.stages[-1].downsample = nn.Identity()
+            self.stages[-1].downsample = nn.Identity().train(self.training)
         if prune_head:
             self.reset_classifier(0, "")
         return taken

@@ -45,9 +45,8 @@ class Axis(NamedTuple):
 def padded_size(size: Pair, kernel: Pair, dilation: Pair) -> Pair:
     """The smallest map from ``size`` on that holds every class's window."""
     # traced sizes may be unknown: torch's maximum decides nothing
-    height, width = (
-        torch.sym_max(n, k * d) for n, k, d in zip(size, kernel, dilation, strict=True)
-    )
+    sides: Any = zip(size, kernel, dilation, strict=True)
+    height, width = (torch.sym_max(n, k * d) for n, k, d in sides)
     return height, width
 
 
