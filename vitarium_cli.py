@@ -100,6 +100,17 @@ def _size(text: str) -> int | None:
     return None if text == "native" else _positive(text)
 
 
+def _pixel(text: str) -> tuple[float, float]:
+    """A pixel as two ints, or fractions as floats."""
+    try:
+        x, y = (int(n) if n.isdecimal() else float(n) for n in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"expected X,Y in pixels, e.g. 120,80, or fractions, e.g. 0.5,0.5, got {text!r}"
+        ) from None
+    return x, y
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="vitarium",
@@ -118,10 +129,11 @@ def _parser() -> argparse.ArgumentParser:
     _list_arguments(command("list", "the models of the zoo"))
     _info_arguments(command("info", "all that is known about one model"))
     _predict_arguments(command("predict", "classify images"))
-    _features_arguments(command("features", "picture a model's feature pyramid of an image"))
+    _picture_arguments(command("features", "picture a model's feature pyramid of an image"))
+    _visualize_arguments(command("visualize", "picture what a pixel attends to, NAT and DiNAT"))
     command("doctor", "versions, devices, and which implementation each op would run and why")
     _bench_arguments(command("bench", "time ops, models and start-up, beside their peers"))
-    _demo_arguments(command("demo", "classify digits, picture two photographs' features"))
+    _demo_arguments(command("demo", "classify digits, picture features and attention"))
     _digits_arguments(command("digits", "train and test nat_atto on handwritten digits"))
     return parser
 
@@ -164,7 +176,7 @@ def _predict_arguments(parser: argparse.ArgumentParser) -> None:
     output.add_argument("--json", action="store_true", help="print JSON")
 
 
-def _features_arguments(parser: argparse.ArgumentParser) -> None:
+def _picture_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("image", metavar="IMAGE", help="an image file")
     parser.add_argument("--model", required=True, metavar="NAME", help="a vitarium or timm model")
     weights = parser.add_mutually_exclusive_group()
@@ -180,6 +192,17 @@ def _features_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--out", default="outputs", metavar="DIR", help="(default: outputs)")
     _device_argument(parser)
+
+
+def _visualize_arguments(parser: argparse.ArgumentParser) -> None:
+    _picture_arguments(parser)
+    parser.add_argument(
+        "--pixel",
+        type=_pixel,
+        default=(0.5, 0.5),
+        metavar="X,Y",
+        help="a pixel of IMAGE, or fractions of its width and height (default: 0.5,0.5)",
+    )
 
 
 def _bench_arguments(parser: argparse.ArgumentParser) -> None:

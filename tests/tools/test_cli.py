@@ -1,4 +1,5 @@
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -48,8 +49,9 @@ def test_version_is_the_package_s(program):
 def test_without_a_command_it_helps(program):
     status, out, err = program()
     assert (status, err) == (2, "")
-    for command in ("list", "info", "predict", "features", "doctor", "bench", "demo", "digits"):
-        assert f"\n    {command} " in out
+    commands = ("list", "info", "predict", "features", "visualize", "doctor", "bench", "demo")
+    for command in (*commands, "digits"):
+        assert re.search(rf"\n    {command}\s", out)
 
 
 @pytest.mark.parametrize(
@@ -59,6 +61,8 @@ def test_without_a_command_it_helps(program):
         (["predict", "a.png"], "the following arguments are required: --model"),
         (["predict", "--model", "nat_atto", "--topk", "0", "a.png"], "expected a positive integer"),
         (["features", "a.png", "--model", "nat_atto", "--size", "big"], "expected a positive"),
+        (["visualize", "a.png", "--model", "nat_atto", "--pixel", "3"], "expected X,Y in pixels"),
+        (["visualize", "a.png", "--model", "nat_atto", "--pixel", "a,b"], "expected X,Y in pixel"),
         (
             ["features", "a.png", "--model", "nat_atto", "--random", "--checkpoint", "f"],
             "not allowed",

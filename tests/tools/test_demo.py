@@ -102,7 +102,7 @@ def test_all_mistakes_are_shown_and_marked(tmp_path):
 
 def test_the_next_commands_work_as_printed(shown):
     folder, text = shown
-    commands = [line.strip() for line in text.splitlines()[-3:]]
+    commands = [line.strip() for line in text.splitlines()[-4:]]
     results = [
         subprocess.run(
             command,
@@ -115,13 +115,14 @@ def test_the_next_commands_work_as_printed(shown):
         )
         for command in commands
     ]
-    assert [(result.returncode, result.stderr) for result in results] == [(0, "")] * 3
-    predicted, features, listed = (result.stdout for result in results)
+    assert [(result.returncode, result.stderr) for result in results] == [(0, "")] * 4
+    predicted, features, visualized, listed = (result.stdout for result in results)
     name, first, *_ = predicted.splitlines()
     assert name == str(Path("outputs") / "digit.png")
     assert first.split()[1] == str(int(digits.split()[1].labels[0]))
-    (picture,) = wrote(features, folder)
-    assert picture.is_file()
+    for text in (features, visualized):
+        (picture,) = wrote(text, folder)
+        assert picture.is_file()
     assert "nat_tiny" in listed
 
 

@@ -1,3 +1,5 @@
+import sys
+
 import numpy as np
 import pytest
 import timm
@@ -211,3 +213,64 @@ def test_the_photograph_is_dimmed_and_grey(dinat):
     sheet = neighborhood_picture(image, dinat, (90, 60), "title")
     assert np.ptp(colour(sheet, 20, 20)) == 0
     assert 0 < colour(sheet, 20, 20)[0] < 70
+
+
+def test_the_command(program, photo, checkpoint, tmp_path):
+    out = tmp_path / "new" / "folder"
+    argv = (photo, "--model", "nat_atto", "--checkpoint", checkpoint, "--out", out)
+    status, text, err = program("visualize", *argv)
+    assert (status, err) == (0, "")
+    file = out / "photo.nat_atto.neighborhoods.png"
+    assert text.splitlines() == [
+        f"{photo}: 48 x 72 pixels (H x W)",
+        f"nat_atto: weights of {checkpoint}; x = 36, y = 24",
+        "  levels.0.blocks.1: 7 x 7 neighbors, dilation 1, map 12 x 18, stride 4, spans 28 x 28"
+        " pixels",
+        "  levels.1.blocks.1: 5 x 5 neighbors, dilation 1, map 6 x 9, stride 8, spans 40 x 40"
+        " pixels",
+        "  levels.2.blocks.2: 3 x 3 neighbors, dilation 1, map 3 x 5, stride 16, spans 48 x 48"
+        " pixels",
+        "  levels.3.blocks.0: 3 x 3 neighbors, dilation 1, map 2 x 3, stride 32, spans 96 x 96"
+        " pixels, 3 of 9 neighbors are padding",
+        f"wrote {file}",
+    ]
+    with Image.open(file) as sheet:
+        assert sheet.mode == "RGB"
+        assert sheet.width > 4 * 400
+
+
+@pytest.mark.parametrize(
+    ("pixel", "found"),
+    [
+        ("0,0", "x = 1, y = 1"),
+        ("71,47", "x = 143, y = 95"),
+        ("0.25,0.5", "x = 36, y = 48"),
+        ("1.0,1.0", "x = 143, y = 95"),
+    ],
+)
+def test_a_pixel_moves_with_the_size(pixel, found, program, photo, tmp_path):
+    argv = (photo, "--model", "nat_atto", "--random", "--size", "96", "--out", tmp_path)
+    lines = program("visualize", *argv, "--pixel", pixel).out.splitlines()
+    assert lines[:2] == [
+        f"{photo}: 48 x 72 pixels (H x W), resized to 96 x 144",
+        f"nat_atto: random weights; {found}",
+    ]
+
+
+def test_the_command_refuses(program, photo, tmp_path, monkeypatch):
+    def refused(*argv, model="nat_atto"):
+        status, out, err = program("visualize", photo, "--model", model, *argv, "--out", tmp_path)
+        assert (status, out) == (1, "")
+        assert err.count("\n") == 1
+        return err.removeprefix("vitarium: error: ").removesuffix("\n")
+
+    none = "model: expected one with neighborhood attention (NAT, DiNAT), {} has none"
+    assert refused("--random", "--pixel", "72,0") == "pixel: expected x, y below 72, 48, got 72, 0"
+    assert refused("--random", "--pixel", "0.5,1.5").startswith("pixel: expected fractions from 0")
+    assert refused("--random", "--pixel", "nan,0.5").startswith("pixel: expected fractions from 0")
+    assert refused("--size", "20").startswith("image: expected [B, 3, H, W] with H, W >= 32")
+    for model in ("vitrpb_atto", "resnet10t"):
+        assert refused("--random", "--size", "64", model=model) == none.format(model)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert refused("--random").startswith("matplotlib is not installed: pip install")
+    assert sorted(file.name for file in tmp_path.iterdir()) == []

@@ -149,6 +149,10 @@ def _next_commands(digit: Path, photo: Path, out: Path) -> list[str]:
     arguments = (
         ("predict", str(digit), "--model", MODEL, "--topk", "3"),
         ("features", str(photo), "--model", MODEL, "--size", "256", "--out", str(out / "small")),
+        (
+            *("visualize", str(photo), "--model", _DILATED, "--random", "--size", str(_SIZE)),
+            *("--pixel", "0.9,0.9", "--out", str(out / "small")),
+        ),
         ("list", "nat_*", "--params-max", "30"),
     )
     return [shlex.join((*_program(), *row)) for row in arguments]

@@ -109,7 +109,7 @@ def run(args: Namespace) -> int:
     picture(image, found, pixel, title).save(file)
     change = "" if image is photo else f", resized to {image.height} x {image.width}"
     print(f"{args.image}: {photo.height} x {photo.width} pixels (H x W){change}")
-    print(f"{args.model}: {weights}")
+    print(f"{args.model}: {weights}; x = {pixel[0]}, y = {pixel[1]}")
     for attention in found:
         print(f"  {', '.join(_described(attention))}")
     print(f"wrote {file}")
