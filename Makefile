@@ -24,6 +24,8 @@ lint: $(STAMP)-dev
 bench: $(STAMP)-dev
 	$(BIN)/vitarium bench ops
 	$(BIN)/vitarium bench models
+	$(BIN)/vitarium bench models nat_tiny --sizes 224 800x1216 --batch-size 1 --rounds 5
+	$(BIN)/vitarium bench compile
 	$(BIN)/vitarium bench startup
 
 gpu: $(STAMP)-dev

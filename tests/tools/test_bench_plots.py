@@ -130,7 +130,7 @@ def test_no_file(program, tmp_path):
 
 def test_without_matplotlib(program, timms, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    monkeypatch.setattr(bench_plots, "find_spec", lambda name: None)
+    monkeypatch.setattr("vitarium.tools._common.find_spec", lambda name: None)
     status, _, err = program("bench", "models", "--plot", timms.parent)
     assert status == 1
     assert err.startswith("vitarium: error: matplotlib is not installed: pip install")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import struct
 from argparse import Namespace
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -132,6 +133,28 @@ def model_input(image: Image.Image, model: nn.Module) -> Tensor:
     config = resolve_data_config(pretrained_cfg=cfgs[0])
     pixels: Tensor = normalize(to_tensor(image), config["mean"], config["std"])
     return pixels[None].to(next(model.parameters()))
+
+
+def require_matplotlib() -> None:
+    """Say how to get it where it is missing.
+
+    Raises:
+        ValueError: matplotlib is not installed.
+    """
+    if find_spec("matplotlib") is None:
+        raise ValueError(missing("matplotlib"))
+
+
+def missing(package: str) -> str:
+    """What to say where a package of the demo is not installed."""
+    return f'{package} is not installed: pip install "vitarium[demo]"'
+
+
+def save(image: Image.Image, file: Path) -> None:
+    """Write an image, under a temporary name first."""
+    temporary = file.with_name(f"{file.stem}.part{file.suffix}")
+    image.save(temporary)
+    temporary.replace(file)
 
 
 def pick_device(name: str | None) -> torch.device:

@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from vitarium.tools._common import pick_device
+from vitarium.tools._common import pick_device, require_matplotlib
 
 Function = Callable[[], Any]
 Row = dict[str, Any]
@@ -93,9 +93,7 @@ def _checked(args: Namespace) -> torch.device:
     if args.csv is not None and not Path(args.csv).absolute().parent.is_dir():
         raise ValueError(f"--csv: no folder {Path(args.csv).parent}")
     if args.plot is not None:
-        from vitarium.tools import bench_plots
-
-        bench_plots.require_matplotlib()
+        require_matplotlib()
         if not Path(args.plot).is_dir():
             raise ValueError(f"--plot: no folder {args.plot}")
     if args.what != "models" and args.device != "cpu":

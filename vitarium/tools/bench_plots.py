@@ -11,13 +11,13 @@ import csv
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 from itertools import pairwise, product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import timm
 
+from vitarium.tools._common import require_matplotlib
 from vitarium.tools.bench import Row
 
 if TYPE_CHECKING:
@@ -62,16 +62,6 @@ class Point:
         """Whether the model is vitarium's."""
         name = self.model.split(".")[0]
         return timm.is_model(name) and timm.model_entrypoint(name).__module__.startswith("vitarium")
-
-
-def require_matplotlib() -> None:
-    """Say how to get it where it is missing.
-
-    Raises:
-        ValueError: matplotlib is not installed.
-    """
-    if find_spec("matplotlib") is None:
-        raise ValueError('matplotlib is not installed: pip install "vitarium[demo]"')
 
 
 def read(paths: Sequence[str]) -> list[Row]:

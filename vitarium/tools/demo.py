@@ -12,7 +12,6 @@ import sys
 import sysconfig
 import time
 from argparse import Namespace
-from importlib.util import find_spec
 from pathlib import Path
 from textwrap import indent
 
@@ -22,12 +21,11 @@ from PIL import Image
 from torch import Tensor
 
 from vitarium.heads.features import FeatureBackbone
-from vitarium.tools._common import scaled
+from vitarium.tools._common import require_matplotlib, resized, save, scaled
 from vitarium.tools.digits import (
     MODEL,
     Digits,
     comparison,
-    missing,
     probabilities,
     split,
 )
@@ -49,8 +47,7 @@ def run(args: Namespace) -> int:
         CheckpointError: the packaged weights are damaged.
         OSError: the output cannot be written.
     """
-    if find_spec("matplotlib") is None:
-        raise ValueError(missing("matplotlib"))
+    require_matplotlib()
     start = time.monotonic()
     training, held_out = split()
     out = Path(args.out)
@@ -62,7 +59,7 @@ def run(args: Namespace) -> int:
     chances = probabilities(model, held_out)
     _say(indent(comparison(chances.argmax(-1), training, held_out), "    "))
     digit = out / "digit.png"
-    held_out.pictures[0].resize((64, 64), Image.Resampling.BICUBIC).save(digit)
+    save(resized(held_out.pictures[0], 64, 64), digit)
     _wrote(digit, f"one of them, a {held_out.labels[0]}, as large as the model sees it")
     sheet = out / "digits.png"
     mistakes = _save_predictions(sheet, held_out, chances)
@@ -73,11 +70,11 @@ def run(args: Namespace) -> int:
     for name in _PHOTOS:
         photo = out / f"{name}.png"
         image = _photograph(name)
-        image.save(photo)
+        save(image, photo)
         _wrote(photo, f"scikit-learn's {name}.jpg, {image.height} x {image.width} pixels (H x W)")
         pyramid = out / f"{name}.features.png"
         title = f"{name}.jpg, {MODEL} (trained on digits alone)"
-        pyramid_picture(image, backbone, title).save(pyramid)
+        save(pyramid_picture(image, backbone, title), pyramid)
         _wrote(pyramid, "principal components of four feature maps, as colours")
 
     _say("3/4 what one pixel attends to: plain neighborhoods (NAT) and dilated ones (DiNAT)")
@@ -90,7 +87,7 @@ def run(args: Namespace) -> int:
     ):
         drawing = out / f"{_PHOTOS[0]}.{name.partition('.')[0]}.neighborhoods.png"
         title = f"{_PHOTOS[0]}.jpg, {name} ({weights})"
-        neighborhood_picture(image, network.eval(), _PIXEL, title).save(drawing)
+        save(neighborhood_picture(image, network.eval(), _PIXEL, title), drawing)
         _wrote(drawing, f"one pixel's neighborhoods in {name} ({weights})")
 
     _say(f"4/4 done in {time.monotonic() - start:.0f} s; what you may want next")

@@ -43,6 +43,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import vitarium
 from vitarium.checkpoints import load
+from vitarium.tools._common import missing
 
 MODEL = "nat_atto.vitarium_digits"
 HELD_OUT = 360
@@ -169,11 +170,6 @@ def split() -> tuple[Digits, Digits]:
         for part in (slice(-HELD_OUT), slice(-HELD_OUT, None))
     )
     return training, held_out
-
-
-def missing(package: str) -> str:
-    """What to say where a package of the demo is not installed."""
-    return f'{package} is not installed: pip install "vitarium[demo]"'
 
 
 def train(digits: Digits, recipe: Recipe, seed: int) -> nn.Module:

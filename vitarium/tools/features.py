@@ -22,6 +22,7 @@ from vitarium.tools._common import (
     pick_device,
     read_image,
     resized,
+    save,
     scaled,
     sheet,
 )
@@ -52,7 +53,7 @@ def run(args: Namespace) -> int:
     backbone = FeatureBackbone(args.model, **kwargs).to(device).eval()
     maps = pyramid(image, backbone)
     file = out / f"{Path(args.image).stem}.{args.model}.features.png"
-    picture(image, maps, backbone.strides, f"{args.model}, {weights}").save(file)
+    save(picture(image, maps, backbone.strides, f"{args.model}, {weights}"), file)
     change = "" if image is photo else f", resized to {image.height} x {image.width}"
     print(f"{args.image}: {photo.height} x {photo.width} pixels (H x W){change}")
     print(f"{args.model}: {weights}")

@@ -10,7 +10,6 @@ import math
 from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +28,12 @@ from vitarium.tools._common import (
     model_input,
     pick_device,
     read_image,
+    require_matplotlib,
     resized,
+    save,
     scaled,
     sheet,
 )
-from vitarium.tools.digits import missing
 
 _PANEL = 400  # longer side of one picture, in pixels
 _INSET = 130  # and of an enlarged window
@@ -91,8 +91,7 @@ def run(args: Namespace) -> int:
             take, a pixel outside of the image, no such device, no matplotlib.
         OSError: the output cannot be written.
     """
-    if find_spec("matplotlib") is None:
-        raise ValueError(missing("matplotlib"))
+    require_matplotlib()
     photo = read_image(args.image)
     device = pick_device(args.device)
     _, weights, kwargs = chosen_weights(args)
@@ -106,7 +105,7 @@ def run(args: Namespace) -> int:
     out.mkdir(parents=True, exist_ok=True)
     file = out / f"{Path(args.image).stem}.{args.model}.neighborhoods.png"
     title = f"{Path(args.image).name}, {args.model}, {weights}"
-    picture(image, found, pixel, title).save(file)
+    save(picture(image, found, pixel, title), file)
     change = "" if image is photo else f", resized to {image.height} x {image.width}"
     print(f"{args.image}: {photo.height} x {photo.width} pixels (H x W){change}")
     print(f"{args.model}: {weights}; x = {pixel[0]}, y = {pixel[1]}")
