@@ -120,5 +120,8 @@ def test_authors_buffers(case):
     table = model.layers[0].attn.rpb
     bias = table.flatten(1)[:, index]
     assert torch.equal(bias, dinat_isotropic.position_bias(table, 14, 14)[0])
-    report = checkpoints.load(model, {**model.state_dict(), **buffers})
+    published = {**model.state_dict(), **buffers}
+    report = checkpoints.load(model, published)
     assert set(report.matched) == set(model.state_dict())
+    model.load_state_dict(published)  # as timm's checkpoint_path does
+    assert published.keys() > model.state_dict().keys()

@@ -36,7 +36,10 @@ __all__ = ["DiNAT"]
 
 
 class DiNAT(NAT):
-    """Dilated Neighborhood Attention Transformer: NAT with ``dilations``."""
+    """Dilated Neighborhood Attention Transformer: NAT with ``dilations``.
+
+    The arguments are those of `NeighborhoodPyramid`.
+    """
 
 
 _RENAMES = Renames(())  # the authors' names are ours

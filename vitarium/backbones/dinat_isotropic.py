@@ -50,6 +50,8 @@ from vitarium.checkpoints import Renames, Weight
 
 __all__ = ["IsotropicNAT"]
 
+_INDEX = "relative_position_index"
+
 
 class RelativePositionAttention(nn.Module):
     """Multi-head attention of every token to all, with a bias for the offset between them."""
@@ -65,6 +67,7 @@ class RelativePositionAttention(nn.Module):
         self.rpb = nn.Parameter(torch.zeros(num_heads, 2 * height - 1, 2 * width - 1, **dd))
         self.proj = nn.Linear(dim, dim, **dd)
         self.proj_drop = nn.Dropout(proj_drop)
+        self.register_load_state_dict_pre_hook(drop_index)
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, H, W, C] -> [B, H, W, C]."""
@@ -74,6 +77,11 @@ class RelativePositionAttention(nn.Module):
         bias = position_bias(self.rpb, H, W).to(query.dtype)
         x = F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
         return self.proj_drop(self.proj(x.transpose(1, 2).reshape(B, H, W, C)))
+
+
+def drop_index(module: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:
+    """Before loading: pass over the index that the authors store, which here is computed."""
+    state_dict.pop(prefix + _INDEX, None)
 
 
 @register_notrace_function  # which passes over names with an underscore
@@ -231,7 +239,6 @@ def _resized(table: Tensor, grid_size: tuple[int, int]) -> Tensor:
 
 
 _RENAMES = Renames(())  # the authors' names are ours
-_INDEX = ".attn.relative_position_index"
 
 
 def _BUFFERS(model: IsotropicNAT) -> dict[str, Tensor]:  # noqa: N802
@@ -242,12 +249,12 @@ def _BUFFERS(model: IsotropicNAT) -> dict[str, Tensor]:  # noqa: N802
     rows, columns = (_offsets(length, torch.device("cpu")) for length in (height, width))
     index = rows[:, None, :, None] * (2 * width - 1) + columns[None, :, None, :]
     index = index.reshape(height * width, height * width)
-    return {f"layers.{i}{_INDEX}": index.clone() for i in range(len(model.layers))}
+    return {f"layers.{i}.attn.{_INDEX}": index.clone() for i in range(len(model.layers))}
 
 
 def checkpoint_filter_fn(state_dict: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     """An authors' state dict for ``model``: without indices, tables resized to its map."""
-    filtered = {name: x for name, x in state_dict.items() if not name.endswith(_INDEX)}
+    filtered = {name: x for name, x in state_dict.items() if not name.endswith(f".{_INDEX}")}
     if isinstance(model, IsotropicNAT) and model.img_size is not None:
         grid = _grid(model.img_size, model.min_size)
         for name, x in filtered.items():

@@ -65,7 +65,10 @@ class PatchMerging(nn.Module):
 
 
 class DiNATs(NeighborhoodPyramid):
-    """Dilated Neighborhood Attention Transformer with patches and patch merging, as Swin has."""
+    """Dilated Neighborhood Attention Transformer with patches and patch merging, as Swin has.
+
+    The arguments are those of `NeighborhoodPyramid`.
+    """
 
     stages_name = "layers"
     stem = partial(Patches, 4)

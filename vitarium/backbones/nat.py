@@ -66,7 +66,7 @@ class ConvDownsample(nn.Module):
 
 
 class NAT(NeighborhoodPyramid):
-    """Neighborhood Attention Transformer: stem, levels, LayerNorm, pooling, linear classifier."""
+    """Neighborhood Attention Transformer; the arguments are those of `NeighborhoodPyramid`."""
 
     stem = ConvStem
     downsample = ConvDownsample
