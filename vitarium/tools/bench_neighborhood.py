@@ -192,6 +192,7 @@ class Neighborhood(Shape):
             return near_on_axis(q // size, k // size) & near_on_axis(q % size, k % size)
 
         mask = create_block_mask(near, None, None, size**2, size**2, device="cpu")
+        torch.compiler.reset()  # after eight programs of one function torch would run it eagerly
         compiled = torch.compile(flex_attention, dynamic=False)  # a CPU builds no dynamic sizes
 
         def attend(inputs: _Inputs) -> Tensor:
