@@ -352,6 +352,17 @@ def test_compile_fullgraph(size: tuple[int, int], kernel: int, dilation: int, pa
         torch.testing.assert_close(grad, wanted[name], msg=name)
 
 
+class Attention(torch.nn.Module):
+    """What `torch.export` takes."""
+
+    def __init__(self, kernel_size: int) -> None:
+        super().__init__()
+        self.kernel_size = kernel_size
+
+    def forward(self, x: dict[str, Tensor]) -> Tensor:
+        return neighborhood_attention(**x, kernel_size=self.kernel_size)
+
+
 def test_one_program_for_maps_that_are_padded_and_that_are_not() -> None:
     counter = CompileCounterWithBackend("eager")
     torch._dynamo.reset()
@@ -366,24 +377,21 @@ def test_one_program_for_maps_that_are_padded_and_that_are_not() -> None:
 
 @pytest.mark.skipif(shutil.which("c++") is None, reason="inductor needs a C++ compiler")
 def test_compile_with_inductor() -> None:
-    """Its pattern matcher rewrites attention, which once went wrong."""
+    """Of exported programs too: its pattern matcher rewrites attention, which once went wrong."""
     leaves = {n: x.detach() for n, x in inputs((9, 13), 5, False, torch.float32).items()}
     expected = neighborhood_attention(**leaves, kernel_size=5, impl="reference")
-    torch._dynamo.reset()
-    compiled = torch.compile(neighborhood_attention, fullgraph=True)
-    torch.testing.assert_close(compiled(**leaves, kernel_size=5), expected, rtol=1e-4, atol=1e-5)
+    exported = torch.export.export(Attention(5), (leaves,)).module()
+    for module in (Attention(5), exported):
+        torch._dynamo.reset()
+        out = torch.compile(module, fullgraph=True)(leaves)
+        torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("padded", [False, True])
 def test_export(padded: bool) -> None:
     leaves = {n: x.detach() for n, x in inputs((6, 8), 7 if padded else 3, padded).items()}
     kernel = 7 if padded else 3
-
-    class Module(torch.nn.Module):
-        def forward(self, x: dict[str, Tensor]) -> Tensor:
-            return neighborhood_attention(**x, kernel_size=kernel)
-
-    program = torch.export.export(Module(), (leaves,))
+    program = torch.export.export(Attention(kernel), (leaves,))
     targets = {str(node.target) for node in program.graph.nodes}
     assert not any("vitarium" in target for target in targets)
     expected = neighborhood_attention(**leaves, kernel_size=kernel, impl="reference")

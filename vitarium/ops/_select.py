@@ -149,3 +149,8 @@ def explain(op: str | Callable[..., Tensor], *args: Any, **kwargs: Any) -> Expla
 def is_tracing() -> bool:
     """Whether a graph is being recorded: nothing may be cached or read from tensors then."""
     return torch.compiler.is_compiling() or torch.jit.is_tracing()
+
+
+def is_exporting() -> bool:
+    """Whether the graph being recorded must run without vitarium, so without our dispatcher ops."""
+    return torch.compiler.is_exporting() or torch.jit.is_tracing()

@@ -3,8 +3,9 @@
 Tiles of queries attend to their halos of keys (see `tiles`), part after part, so that what is
 gathered stays in cache. On small maps, tiles as wide as the map pay: their queries and keys are
 slices and need no gathering. Training does not keep halos or masks: the backward pass gathers
-them again. In eager mode all this is one op of the dispatcher, which counts as the FLOPs of its
-mathematics. Traced programs hold the same tiles, as ordinary functions in one part.
+them again. All this is one op of the dispatcher: it counts as the FLOPs of its mathematics, and
+torch.compile calls it as it is. Exported programs, which shall run without vitarium, hold the same
+tiles as ordinary functions in one part.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ def unsupported(call: Call) -> str | None:
 
 def run(call: Call) -> Tensor:
     """Attend tile by tile; with a gradient that gathers again where one is needed."""
-    if _select.is_tracing():
+    if _select.is_exporting():
         return _traced(call)
     tensors = (call.query, call.key, call.value, call.bias, call.pad)
     out: Tensor = _attention(*tensors, call.kernel_size, call.dilation, call.scale)
@@ -302,7 +303,7 @@ _attention = _dispatch.define(
 )
 
 
-# The traced computation: the same tiles, all in one call, nothing cached or read.
+# Exported: the same tiles, all in one call, nothing cached or read.
 
 
 def _traced(call: Call) -> Tensor:

@@ -1,4 +1,4 @@
-"""What tiles work on: gathered from maps part by part in eager mode, at once in traced programs."""
+"""What tiles work on: gathered from maps part by part, or at once in exported programs."""
 
 from __future__ import annotations
 

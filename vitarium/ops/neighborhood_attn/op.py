@@ -120,7 +120,7 @@ def neighborhood_attention(
         ``reference``: any device, floating dtype and head_dim; computes in float64; gradients
         of everything; the definition of correct.
         ``aten``: any device, floating dtype and head_dim; gradients of everything, bias and pad
-        included; deterministic; torch.compile and torch.export trace through it.
+        included; deterministic; one op to torch.compile, ordinary functions to torch.export.
         ``natten``: the natten package, without bias or pad; what else it refuses is natten's.
 
     Source:

@@ -151,7 +151,7 @@ class Traced(NamedTuple):
 
 
 def traced(size: Pair, padded: Pair, kernel: Pair, dilation: Pair, device: torch.device) -> Traced:
-    """Cut a map as traced programs do, into tiles that fit every size."""
+    """Cut a map as exported programs do, into tiles that fit every size."""
     axes = []
     th, tw = _TRACED_TILE
     for length, full, k, d, tile in zip(size, padded, kernel, dilation, (th, tw), strict=True):

@@ -4,7 +4,7 @@ Tiles of queries meet their halos of keys in dense products, as in neighborhood 
 are then gathered from the halo's products, weights are scattered into the halo's. Three products
 are closed under differentiation, to any order: ``scores(q, k)``, ``mix(w, v)`` and
 ``spread(w, x)``, which sends every position's x to its neighbors and so transposes mix.
-In eager mode each is one op of the dispatcher; traced programs hold ordinary functions.
+Each is one op of the dispatcher; exported programs hold ordinary functions.
 """
 
 from __future__ import annotations
@@ -33,12 +33,11 @@ def unsupported(call: MixCall | ScoresCall) -> str | None:
 
 def scores(call: ScoresCall) -> Tensor:
     """Dot products tile by tile, then the bias."""
-    tracing = _select.is_tracing()
-    product = _traced_scores if tracing else _scores
+    product = _traced_scores if _select.is_exporting() else _scores
     out: Tensor = product(call.query, call.key, call.kernel_size, call.dilation)
     if call.bias is not None:
         size = (call.key.shape[1], call.key.shape[2])
-        find = _bias_entries if tracing else _kept_bias_entries
+        find = _bias_entries if _select.is_tracing() else _kept_bias_entries
         rows, columns = find(size, call.kernel_size, call.dilation, call.key.device)
         bias = call.bias.index_select(1, rows.flatten()).index_select(2, columns.flatten())
         bias = bias.unflatten(2, columns.shape).unflatten(1, rows.shape)
@@ -48,7 +47,7 @@ def scores(call: ScoresCall) -> Tensor:
 
 def mix(call: MixCall) -> Tensor:
     """Weighted sums tile by tile."""
-    product = _traced_mix if _select.is_tracing() else _mix
+    product = _traced_mix if _select.is_exporting() else _mix
     out: Tensor = product(call.weights, call.value, call.kernel_size, call.dilation)
     return out
 
@@ -226,7 +225,7 @@ _spread: Callable[..., Any] = _dispatch.define(
 )
 
 
-# The traced computation: the same products over tiles of one size, nothing cached or read.
+# Exported: the same products over tiles of one size, nothing cached or read.
 
 
 def _traced(

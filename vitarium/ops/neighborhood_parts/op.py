@@ -129,7 +129,7 @@ def neighborhood_scores(
         definition of correct.
         ``aten``: any device, floating dtype and head_dim; half precision accumulates in
         float32; gradients of everything and of every order; deterministic on a CPU;
-        torch.compile and torch.export trace through it.
+        one op to torch.compile, ordinary functions to torch.export.
 
     Source:
         The QK operation of NATTEN up to 0.17 (``natten.functional.na2d_qk``), heads last.
