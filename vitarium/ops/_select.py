@@ -152,5 +152,8 @@ def is_tracing() -> bool:
 
 
 def is_exporting() -> bool:
-    """Whether the graph being recorded must run without vitarium, so without our dispatcher ops."""
+    """Whether the graph being recorded must run without vitarium, so without our dispatcher ops.
+
+    Torch 2.10 says so of everything that it compiles; ordinary functions are right there too.
+    """
     return torch.compiler.is_exporting() or torch.jit.is_tracing()
