@@ -142,6 +142,8 @@ def test_ctrl_c_leaves_nothing(tmp_path):
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
+        # a shell's background jobs, and what they start, would ignore Ctrl-C
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     part = tmp_path / "weights.safetensors.part"
     for _ in range(600):
