@@ -27,25 +27,15 @@ def compiled(model, backend, **kwargs):
 def test_compiled_training_in_one_graph(name):
     size = SIZE if is_fixed(name) else sizes(name)[-1]
     model, x = create(name, size).train(), image(size, batch=2)
-    model.prune_intermediate_layers([1])  # tracing takes long; further stages are more of the same
     expected = gradients(model, x)
     for key, grad in gradients(model, x, compiled(model, "aot_eager")).items():
         assert_same(grad, expected[key])
 
 
-@torch.no_grad()
-def test_two_programs_serve_all_batches(name):
-    found = bench_compile.programs(create(name), [(batch, 3, *SIZE) for batch in (1, 2, 3, 5)])
-    assert found["graph_breaks"] == 0
-    assert found["recompiles"] <= 1
-    assert found["max_error"] <= 1e-5
-
-
-@pytest.mark.slow
 def test_limits_on_programs(name):
     rows = bench_compile.measure(Console(file=io.StringIO()), [name])
     changes = [row["change"] for row in rows]
-    assert changes[:2] == (["batch"] if is_fixed(name) else ["batch", "H x W"])
+    assert changes == (["batch"] if is_fixed(name) else ["batch", "H x W"])
     assert [row for row in rows if not row["met"]] == []
 
 
@@ -63,7 +53,6 @@ def test_one_program_when_all_is_dynamic(name):
     assert counter.frame_count == 1
 
 
-@pytest.mark.slow
 @NEEDS_COMPILER
 @torch.no_grad()
 def test_default_backend(name):

@@ -7,7 +7,8 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from vitarium.tools import bench_compile
+from vitarium.backbones._registry import entries
+from vitarium.tools import _common, bench_compile
 
 
 def measure(*names):
@@ -60,10 +61,16 @@ def test_missed_goals_are_called_missed(monkeypatch):
     assert row["note"] == "H x W are fixed; print"
 
 
+def test_every_small_model_of_ours_by_default(monkeypatch):
+    found = {"shapes": "", "graphs": 1, "graph_breaks": 0, "recompiles": 0, "note": ""}
+    monkeypatch.setattr(bench_compile, "programs", lambda *_: {**found, "max_error": 0.0})
+    rows, _ = measure()
+    assert {row["model"] for row in rows} == {n for n in entries() if n.endswith("_atto")}
+
+
 def test_names():
-    assert "nat_atto" in bench_compile._models(())
-    assert bench_compile._models(["nat_[am]*", "nat_atto"]) == ["nat_atto", "nat_mini"]
-    with pytest.raises(ValueError, match=r"bench compile: no model of vitarium fits 'mat_\*'"):
+    assert _common.model_names(["nat_[am]*", "nat_atto"]) == ["nat_atto", "nat_mini"]
+    with pytest.raises(ValueError, match=r"no model matches 'mat_\*'"):
         measure("mat_*")
     with pytest.raises(ValueError, match="unknown model 'nat_tinny'"):
         measure("nat_tinny")

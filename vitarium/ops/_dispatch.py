@@ -14,10 +14,10 @@ import torch
 
 # Imported where torch has CUDA but there is no Triton, the counter warns of Triton's kernels.
 _log = logging.getLogger("torch.utils.flop_counter")
-_log.disabled = True
+_was_disabled, _log.disabled = _log.disabled, True
 from torch.utils.flop_counter import register_flop_formula  # noqa: E402
 
-_log.disabled = False
+_log.disabled = _was_disabled
 
 
 def define(

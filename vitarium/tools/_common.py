@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import struct
 from argparse import Namespace
 from collections.abc import Sequence
@@ -96,6 +97,24 @@ def check_model(name: str, pretrained: bool) -> PretrainedCfg:
     if pretrained and not ours and not cfg.has_weights:
         raise ValueError(f"{name} has no pretrained weights; give others with --checkpoint")
     return cfg
+
+
+def model_names(patterns: Sequence[str]) -> list[str]:
+    """Names of vitarium's and timm's models, and what globs match, each once.
+
+    Raises:
+        ValueError: no model has this name, or none matches the glob.
+    """
+    names: list[str] = []
+    for pattern in patterns:
+        found = timm.list_models(pattern) if re.search(r"[*?[]", pattern) else [pattern]
+        if not found:
+            hint = did_you_mean(pattern, timm.list_models())
+            raise ValueError(f"no model matches {pattern!r}{hint}")
+        names += found
+    for name in names:
+        check_model(name, pretrained=False)
+    return list(dict.fromkeys(names))
 
 
 def chosen_weights(args: Namespace) -> tuple[PretrainedCfg, str, dict[str, Any]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from fnmatch import filter as matching
 from itertools import pairwise
 from typing import Any
 
@@ -34,7 +33,7 @@ def measure(console: Console, names: Sequence[str]) -> list[dict[str, Any]]:
 
     Args:
         console: where the table goes.
-        names: models, or patterns of ours such as ``nat_*``; every ``*_atto`` if none.
+        names: models of vitarium or timm, or globs; every ``*_atto`` of ours if none.
 
     Returns:
         A row for each model and each change: the shapes in their order, ``graphs`` and
@@ -42,11 +41,13 @@ def measure(console: Console, names: Sequence[str]) -> list[dict[str, Any]]:
         goal, ``max_error`` relative to the logits' standard deviation, and whether all is ``met``.
 
     Raises:
-        ValueError: no model has this name, or none of ours fits the pattern.
+        ValueError: no model has this name, or none matches the glob.
     """
+    attos = [name for name in entries() if name.endswith("_atto")]
+    models = _common.model_names(names or attos)
     rows: list[dict[str, Any]] = []
     with torch.no_grad(), Progress(console=Console(stderr=True), transient=True) as progress:
-        for name in progress.track(_models(names), description=""):
+        for name in progress.track(models, description=""):
             rows += _rows(name)
     columns = ["", "graphs", "breaks", "recompiles", "goal", "max error", "", "note"]
     table = [
@@ -64,18 +65,6 @@ def measure(console: Console, names: Sequence[str]) -> list[dict[str, Any]]:
     ]
     bench.show(console, "torch.compile, inference, goal 0 breaks", columns, table)
     return rows
-
-
-def _models(names: Sequence[str]) -> list[str]:
-    found: list[str] = []
-    for name in names or ("*_atto",):
-        ours = matching(entries(), name)
-        if not ours and "*" in name:
-            raise ValueError(f"bench compile: no model of vitarium fits {name!r}")
-        if not ours:
-            _common.check_model(name, pretrained=False)
-        found += ours or [name]
-    return [*dict.fromkeys(found)]
 
 
 def _rows(name: str) -> list[dict[str, Any]]:

@@ -12,7 +12,7 @@ import re
 import sys
 import time
 from argparse import Namespace
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import groupby, product
 from typing import Any
@@ -28,7 +28,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from vitarium.tools import _common, bench, bench_report
 from vitarium.tools.bench import Row
-from vitarium.tools.list import did_you_mean
 
 Key = tuple[str, bool, int, tuple[int, int]]  # model, compiled, batch size, image size
 
@@ -121,7 +120,7 @@ def measure(
         ValueError: an argument outside of what is possible here.
         KeyboardInterrupt: Ctrl-C; the message says which settings were not measured.
     """
-    names = _names(args.names or _DEFAULT)
+    names = _common.model_names(args.names or _DEFAULT)
     base = names[0] if args.base is None else args.base
     if base not in names:
         raise ValueError(f"--base: expected one of {', '.join(names)}, got {base!r}")
@@ -159,20 +158,6 @@ def measure(
     finally:
         bench_report.judge(console, list(rows.values()))
     return list(rows.values())
-
-
-def _names(patterns: Sequence[str]) -> list[str]:
-    """Names, and what globs match, each once."""
-    names: list[str] = []
-    for pattern in patterns:
-        found = timm.list_models(pattern) if re.search(r"[*?[]", pattern) else [pattern]
-        if not found:
-            hint = did_you_mean(pattern, timm.list_models())
-            raise ValueError(f"no model matches {pattern!r}{hint}")
-        names += found
-    for name in names:
-        _common.check_model(name, pretrained=False)
-    return list(dict.fromkeys(names))
 
 
 def _settings(args: Namespace) -> list[Setting]:
