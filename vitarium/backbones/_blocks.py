@@ -220,15 +220,23 @@ class Backbone(nn.Module):
         self.reset_classifier(self.num_classes, global_pool)
 
     @property
-    def stages(self) -> Any:
+    def feature_stages(self) -> Any:
         """The modules whose outputs are the feature maps, in order."""
         return getattr(self, self.stages_name)
+
+    def _keep_stages(self, count: int) -> None:
+        """Remove the stages behind the first ``count``, and what leads to them."""
+        kept = self.feature_stages[:count]
+        kept.training = self.training  # the list's own flag: the modules in it keep theirs
+        setattr(self, self.stages_name, kept)
+        if isinstance(kept[-1], Level):
+            kept[-1].downsample = nn.Identity().train(self.training)
 
     def _stage(self, index: int, x: Tensor) -> Tensor:
         """The map of a stage, from the map of the stage before or from the stem."""
         if index > 0:
-            x = self.stages[index - 1].downsample(x)
-        y: Tensor = self.stages[index](x, self.grad_checkpointing)
+            x = self.feature_stages[index - 1].downsample(x)
+        y: Tensor = self.feature_stages[index](x, self.grad_checkpointing)
         return y
 
     @staticmethod
@@ -316,7 +324,7 @@ class Backbone(nn.Module):
         """
         if output_fmt not in ("NCHW", "NHWC"):
             raise ValueError(f"output_fmt: expected NCHW or NHWC, got {output_fmt!r}")
-        count = len(self.stages)
+        count = len(self.feature_stages)
         taken = taken_indices(count, indices)
         x = self._embed(x)
         maps = []
@@ -343,14 +351,11 @@ class Backbone(nn.Module):
         Raises:
             ValueError: indices out of range.
         """
-        taken = taken_indices(len(self.stages), indices)
-        kept = self.stages[: taken[-1] + 1]
-        kept.training = self.training  # the list's own flag: the modules in it keep theirs
-        if prune_norm or len(kept) < len(self.stages):
+        count = len(self.feature_stages)
+        taken = taken_indices(count, indices)
+        if prune_norm or taken[-1] + 1 < count:
             self.norm = nn.Identity().train(self.training)
-        setattr(self, self.stages_name, kept)
-        if isinstance(self.stages[-1], Level):
-            self.stages[-1].downsample = nn.Identity().train(self.training)
+        self._keep_stages(taken[-1] + 1)
         if prune_head:
             self.reset_classifier(0, "")
         return taken
@@ -358,7 +363,7 @@ class Backbone(nn.Module):
     def forward_features(self, x: Tensor) -> Tensor:
         """[B, in_chans, H, W] -> the last stage's map, normalised, [B, H, W, num_features]."""
         x = self._embed(x)
-        for i in range(len(self.stages)):
+        for i in range(len(self.feature_stages)):
             x = self._stage(i, x)
         return self.norm(x)
 
@@ -492,7 +497,7 @@ class DensePyramid(nn.Module):
         self.in_chans, self.min_size = model.in_chans, model.min_size
         self.stages_name = model.stages_name
         self.patch_embed = model.patch_embed
-        setattr(self, self.stages_name, model.stages)
+        setattr(self, self.stages_name, model.feature_stages)
         self.grad_checkpointing = False
         self.out_indices = tuple(out_indices)
         for i in self.out_indices:
