@@ -3,6 +3,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 STAMP := .venv/.installed
+# one process per core, one thread each (tests/conftest.py)
+PYTEST := $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal
 
 .PHONY: demo test test-all lint bench gpu clean
 
@@ -10,10 +12,10 @@ demo: $(STAMP)-demo
 	$(BIN)/vitarium demo
 
 test: $(STAMP)-dev
-	$(BIN)/python -m pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 test-all: $(STAMP)-dev
-	$(BIN)/python -m pytest
+	$(PYTEST)
 	$(BIN)/python tests/timm_suite.py
 
 lint: $(STAMP)-dev
