@@ -4,15 +4,23 @@ import pytest
 import torch
 
 from vitarium.tools import bench, bench_ops
-from vitarium.tools.bench_neighborhood import Neighborhood
+from vitarium.tools.bench_channel import Channel
+from vitarium.tools.bench_neighborhood import Neighborhood, Shape
 from vitarium.tools.bench_neighborhood_parts import Mix, Scores
 
 
 @pytest.mark.parametrize("case", [Neighborhood, Scores, Mix])
 @pytest.mark.parametrize("dilation", [1, 2, 3])
-def test_peers_compute_the_op(case, dilation, monkeypatch):
+def test_peers_compute_neighborhoods(case, dilation, monkeypatch):
     monkeypatch.setattr(bench, "has_compiler", lambda: False)  # compiling takes minutes
-    shape = case(11, 2, dilation, head_dim=8, kernel_size=3)
+    check_peers(case(11, 2, dilation, head_dim=8, kernel_size=3))
+
+
+def test_peers_compute_channel_attention():
+    check_peers(Channel(5, 9, 2, batch=3, head_dim=8))
+
+
+def check_peers(shape):
     for biased in shape.biases:
         inputs = shape.inputs(biased)
         with torch.no_grad():
@@ -33,7 +41,8 @@ def test_cases():
     for cases in bench_ops._CASES.values():
         assert len(cases(True)) == 1
         for case in cases(False):
-            assert case.kernel_size * case.dilation <= case.size
+            if isinstance(case, Shape):
+                assert case.kernel_size * case.dilation <= case.size
             passes = {bench_ops._pass(biased, True) for biased in case.biases}
             passes |= {bench_ops._pass(biased, False) for biased in case.biases}
             assert case.goals.keys() <= passes

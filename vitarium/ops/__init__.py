@@ -1,11 +1,13 @@
 """Attention ops on heads-last maps ``[B, H, W, heads, head_dim]``."""
 
 from vitarium.ops._select import Explanation, explain, use_impl
+from vitarium.ops.channel_attn.op import channel_attention
 from vitarium.ops.neighborhood_attn.op import neighborhood_attention
 from vitarium.ops.neighborhood_parts.op import neighborhood_mix, neighborhood_scores
 
 __all__ = [
     "Explanation",
+    "channel_attention",
     "explain",
     "neighborhood_attention",
     "neighborhood_mix",

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor
 
-from vitarium.tools import bench, bench_neighborhood, bench_neighborhood_parts
+from vitarium.tools import bench, bench_channel, bench_neighborhood, bench_neighborhood_parts
 
 Candidate = Callable[[dict[str, Tensor]], Tensor]
 
@@ -48,6 +48,7 @@ _CASES: dict[str, Callable[[bool], Sequence[Case]]] = {
     "neighborhood": bench_neighborhood.cases,
     "neighborhood_scores": bench_neighborhood_parts.scores_cases,
     "neighborhood_mix": bench_neighborhood_parts.mix_cases,
+    "channel": bench_channel.cases,
 }
 
 

@@ -110,8 +110,15 @@ def _neighborhood_mix(device: torch.device) -> dict[str, dict[str, Any]]:
     return {"any weights": {"weights": weights, "value": value, "kernel_size": kernel}}
 
 
+def _channel(device: torch.device) -> dict[str, dict[str, Any]]:
+    query = torch.zeros(1, 7, 7, 3, 32, device=device)
+    call = dict.fromkeys(("query", "key", "value"), query)
+    return {"DaViT": call, "Florence-2": call | {"mode": "florence"}}
+
+
 _CALLS: dict[str, Callable[[torch.device], dict[str, dict[str, Any]]]] = {
     "neighborhood": _neighborhood,
     "neighborhood_scores": _neighborhood_scores,
     "neighborhood_mix": _neighborhood_mix,
+    "channel": _channel,
 }
