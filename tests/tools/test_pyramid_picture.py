@@ -4,7 +4,7 @@ import torch
 from PIL import Image
 
 from vitarium.heads.features import FeatureBackbone
-from vitarium.tools.features import picture, pyramid, pyramid_picture
+from vitarium.tools.features import comparison_picture, picture, pyramid, pyramid_picture
 
 
 def _run(program, *argv):
@@ -95,6 +95,26 @@ def test_pyramid_normalizes_as_the_weights_want_it(backbone, photo):
 def test_a_backbone_in_training_mode_is_refused(photo):
     with pytest.raises(ValueError, match="expected eval mode, got training mode"):
         pyramid_picture(Image.open(photo), FeatureBackbone("nat_atto"), "title")
+
+
+def test_backbones_side_by_side(backbone, photo):
+    image = Image.open(photo)
+    torch.manual_seed(1)
+    other = FeatureBackbone("dinat_atto", out_indices=(0, 1)).eval()
+    both = np.asarray(comparison_picture(image, {"a": backbone, "b": other}, "title"))
+    first, second = (
+        np.asarray(comparison_picture(image, {name: x}, "title"))
+        for name, x in (("a", backbone), ("b", other))
+    )
+    row = len(both) - len(first)  # what another row adds
+    assert row > 213
+    assert first.shape[1] == both.shape[1] > 5 * 320 > second.shape[1]
+    assert (both[: len(first)] == first).all()
+    below = both[len(first) :, : second.shape[1]]
+    assert (below == second[-row:]).all()
+    assert (both[len(first) :, second.shape[1] :] == 255).all()
+    with pytest.raises(ValueError, match="backbones: expected at least one"):
+        comparison_picture(image, {}, "title")
 
 
 def test_colours_follow_the_principal_components():

@@ -7,7 +7,7 @@ with similar features have similar colours. Colours of different stages do not c
 from __future__ import annotations
 
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +29,7 @@ from vitarium.tools._common import (
 
 _PANEL = 480  # longer side of one picture, in pixels
 _COLUMNS = 3
+_SMALL_PANEL = 320  # the same where several models are compared
 
 
 def run(args: Namespace) -> int:
@@ -96,16 +97,52 @@ def picture(
     image: Image.Image, maps: Sequence[Tensor], strides: Sequence[int], title: str
 ) -> Image.Image:
     """The image beside its maps ``[C, h, w]``, with a title and a caption under each."""
-    scale = _PANEL / max(image.size)
+    panels = _panels(image, f"photo, {image.height} x {image.width}", maps, strides, _PANEL)
+    rows = [panels[i : i + _COLUMNS] for i in range(0, len(panels), _COLUMNS)]
+    return sheet(_heading(title), rows)
+
+
+def comparison_picture(
+    image: Image.Image, backbones: Mapping[str, FeatureBackbone], title: str
+) -> Image.Image:
+    """The image beside the feature maps of several backbones, a row for each.
+
+    Args:
+        image: RGB, any size that the backbones take.
+        backbones: name -> a backbone in eval mode.
+        title: a line above the rows; say there which weights made them.
+
+    Returns:
+        An RGB picture.
+
+    Raises:
+        ValueError: no backbone, or one that is in training mode.
+    """
+    if not backbones:
+        raise ValueError("backbones: expected at least one, got none")
+    rows = [
+        _panels(image, name, pyramid(image, backbone), backbone.strides, _SMALL_PANEL)
+        for name, backbone in backbones.items()
+    ]
+    return sheet(_heading(title), rows)
+
+
+def _heading(title: str) -> str:
+    return f"{title}: the first three principal components of each map"
+
+
+def _panels(
+    image: Image.Image, caption: str, maps: Sequence[Tensor], strides: Sequence[int], longest: int
+) -> list[tuple[Image.Image, str]]:
+    """The image and its maps, as large as each other, and what stands under each."""
+    scale = longest / max(image.size)
     size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
-    panels = [(resized(image, size[1], size[0]), f"photo, {image.height} x {image.width}")]
+    panels = [(resized(image, size[1], size[0]), caption)]
     for features, stride in zip(maps, strides, strict=True):
         colours = Image.fromarray(_colours(features))
         enlarged = colours.resize(size, Image.Resampling.NEAREST)
         panels.append((enlarged, _described(features, stride)))
-    heading = f"{title}: the first three principal components of each map"
-    rows = [panels[i : i + _COLUMNS] for i in range(0, len(panels), _COLUMNS)]
-    return sheet(heading, rows)
+    return panels
 
 
 def _described(features: Tensor, stride: int) -> str:
