@@ -1,0 +1,1 @@
+"""Attention inside windows that cut a map, shifted or not."""

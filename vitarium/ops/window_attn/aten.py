@@ -1,0 +1,319 @@
+"""Window attention in ordinary torch functions, fast on a CPU.
+
+Rolling, padding and cutting are one gather of rows per run of equal windows, undoing them is one
+scatter that leaves the padding out; between the two, part after part, the windows stay in cache
+and attend with their bias and mask as one additive mask, which all windows of a run share.
+Training keeps the inputs alone: the backward pass gathers and attends again. All this is one op
+of the dispatcher: it counts as the FLOPs of its mathematics, and torch.compile calls it as it is.
+Exported programs, which shall run without vitarium, hold ordinary functions.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vitarium.ops import _dispatch, _select
+from vitarium.ops.window_attn import traced, windows
+from vitarium.ops.window_attn.windows import Partition, Run
+
+if TYPE_CHECKING:
+    from vitarium.ops.window_attn.op import Call
+
+CHUNK = 1 << 18  # elements that are worked on at a time, so that they stay in cache
+
+
+def unsupported(call: Call) -> str | None:
+    """None: runs everywhere."""
+    return None
+
+
+def run(call: Call) -> Tensor:
+    """Attend run by run; with a gradient that gathers again where one is needed."""
+    if _select.is_exporting():
+        return traced.run(call)
+    tensors = (call.query, call.key, call.value, call.bias, call.factor, call.pad)
+    shape = (call.window_size, call.shift_size, call.scale, call.semantics)
+    out: Tensor = _attention(*tensors, *shape)
+    return out
+
+
+# The eager computation.
+
+
+def _partition(
+    query: Tensor, window_size: list[int], shift_size: list[int], semantics: str
+) -> Partition:
+    (height, width), (wh, ww), (sh, sw) = query.shape[1:3], window_size, shift_size
+    return windows.partition((height, width), (wh, ww), (sh, sw), semantics, query.device)
+
+
+def _rows(x: Tensor) -> Tensor:
+    """[B, H, W, ...] -> [B * H * W, channels], a view where its strides allow."""
+    return x.flatten(3).flatten(0, 2)
+
+
+def _sources(query: Tensor, key: Tensor, value: Tensor) -> list[Tensor]:
+    """Rows to gather from: those of the projection that all three are views of, or three."""
+    stride, width = query.stride(), query.shape[3] * query.shape[4]
+    joined = stride[3:] == (query.shape[4], 1) and all(
+        x.stride() == stride
+        and x.untyped_storage().data_ptr() == query.untyped_storage().data_ptr()
+        and x.storage_offset() == query.storage_offset() + i * width
+        for i, x in enumerate((query, key, value))
+    )
+    if not joined:
+        return [_rows(x) for x in (query, key, value)]
+    projection = query.as_strided((*query.shape[:3], 3 * width), (*stride[:3], 1))
+    return [_rows(projection)]
+
+
+def _parts(run: Run, batch: int, positions: int, channels: int) -> Iterator[Tensor]:
+    """Cut the windows [N, L] of a run in all images into parts that stay in cache."""
+    count, length = run.positions.shape
+    step = max(1, CHUNK // (length * channels))
+    images = max(1, step // count)
+    for first in range(0, batch, images):
+        image = torch.arange(first, min(first + images, batch), device=run.positions.device)
+        index = (run.positions + image[:, None, None] * positions).flatten(0, 1)
+        yield from index.split(step)
+
+
+def _take(sources: list[Tensor], index: Tensor, heads: int) -> list[Tensor]:
+    """Query, key and value of windows [N, L]: three of [N, L, heads, head_dim]."""
+    taken = [x.index_select(0, index.flatten()).view(*index.shape, -1) for x in sources]
+    if len(taken) == 1:
+        taken = list(taken[0].chunk(3, -1))
+    return [x.unflatten(-1, (heads, -1)) for x in taken]
+
+
+def _put(rows: Tensor, run: Run, index: Tensor, x: Tensor) -> None:
+    """Write windows [N, L, heads, head_dim] to the rows of their positions; padding has none."""
+    if run.real is not None:
+        index, x = index.index_select(1, run.real), x.index_select(1, run.real)
+    rows.index_copy_(0, index.flatten(), x.flatten(2).flatten(0, 1))
+
+
+def _fill(run: Run, pad: Tensor | None, *maps: Tensor) -> None:
+    """Give padded positions of windows [N, L, heads, head_dim] their value."""
+    if run.padded is None:
+        return
+    for i, x in enumerate(maps):
+        if pad is None:
+            x.index_fill_(1, run.padded, 0)
+        else:
+            x.index_copy_(1, run.padded, pad[i].expand(len(x), len(run.padded), -1, -1))
+
+
+def _masks(partition: Partition, bias: Tensor | None, like: Tensor) -> Tensor | None:
+    """Additive masks [kinds, heads or 1, L, L], if there is anything to add."""
+    if bias is None:
+        return partition.mask[:, None].to(like.dtype) if partition.masked else None
+    length = len(partition.entry)
+    table = bias.flatten(1).index_select(1, partition.entry.flatten()).view(-1, length, length)
+    return table + partition.mask[:, None].to(bias.dtype) if partition.masked else table[None]
+
+
+def _forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    factor: Tensor | None,
+    pad: Tensor | None,
+    window_size: list[int],
+    shift_size: list[int],
+    scale: float,
+    semantics: str,
+) -> Tensor:
+    out = torch.empty_like(query, memory_format=torch.contiguous_format)
+    if len(query) == 0:
+        return out
+    partition = _partition(query, window_size, shift_size, semantics)
+    masks = _masks(partition, bias, query)
+    (batch, height, width, heads, _), rows = query.shape, _rows(out)
+    sources, scale = _sources(query, key, value), scale if factor is None else 1.0
+    for run in partition.runs:
+        mask = None if masks is None else masks[run.kind : run.kind + 1]
+        for index in _parts(run, batch, height * width, 3 * rows.shape[1]):
+            q, k, v = _take(sources, index, heads)
+            _fill(run, pad, q, k, v)
+            if factor is not None:
+                q, k = _cosine(q, k, factor)
+            q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+            attended = F.scaled_dot_product_attention(q, k, v, mask, scale=scale)
+            _put(rows, run, index, attended.transpose(1, 2))
+    return out
+
+
+def _cosine(query: Tensor, key: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
+    """Queries and keys whose dot products are cosines times the heads' factors."""
+    q, k = (F.normalize(x.to(factor.dtype), dim=-1) for x in (query, key))
+    return (q * factor[:, None]).to(query.dtype), k.to(key.dtype)
+
+
+def _backward(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    factor: Tensor | None,
+    pad: Tensor | None,
+    window_size: list[int],
+    shift_size: list[int],
+    scale: float,
+    semantics: str,
+) -> tuple[Tensor, ...]:
+    """Gradients of all tensors; half precision computes in float32.
+
+    It gathers and attends again, part by part. The gradient of what is None has no elements.
+    """
+    found = _fake_backward(grad, query, key, value, bias, factor, pad)
+    grad_bias, grad_factor, grad_pad = (x.zero_() for x in found[3:])
+    if len(query) == 0:
+        return found
+    exact = torch.promote_types(query.dtype, torch.float32)
+    partition = _partition(query, window_size, shift_size, semantics)
+    masks = _masks(partition, bias, grad.new_empty(0, dtype=exact))
+    batch, height, width, heads, _ = query.shape
+    sources, grads, outs = _sources(query, key, value), _rows(grad), [_rows(x) for x in found[:3]]
+    length = len(partition.entry)
+    scale = scale if factor is None else 1.0
+    score_sum = None if bias is None else bias.new_zeros(heads, length, length)
+    for run in partition.runs:
+        for index in _parts(run, batch, height * width, 3 * outs[0].shape[1]):
+            q, k, v = (x.to(exact) for x in _take(sources, index, heads))
+            g = grads.index_select(0, index.flatten()).to(exact).view(q.shape)
+            _fill(run, pad, q, k, v)
+            _fill(run, None, g)  # no output, no gradient
+            found_q, found_k, found_v = (torch.empty_like(g) for _ in range(3))
+            raw_q, raw_k = q, k
+            if factor is not None:
+                q, k = _cosine(q, k, factor)
+            of_heads = (x.unbind(2) for x in (q, k, v, g, found_q, found_k, found_v))
+            for head, (hq, hk, hv, hg, gq, gk, gv) in enumerate(zip(*of_heads, strict=True)):
+                weights = _weights(hq, hk, masks, run.kind, head, scale)
+                gv.copy_(torch.bmm(weights.mT, hg))
+                scores = torch.bmm(hg, hv.mT)
+                scores = torch._softmax_backward_data(scores, weights, -1, exact)
+                if score_sum is not None:
+                    score_sum[head] += scores.sum(0)
+                gq.copy_(torch.bmm(scores, hk))
+                gk.copy_(torch.bmm(scores.mT, hq))
+            if factor is not None:
+                grad_factor += (found_q * q).sum((0, 1, 3)) / factor
+                found_q *= factor[:, None]
+                found_q, found_k = _through_norm(found_q, raw_q), _through_norm(found_k, raw_k)
+            else:
+                found_q *= scale
+                found_k *= scale
+            if pad is not None and run.padded is not None:
+                for i, x in enumerate((found_k, found_v), 1):
+                    grad_pad[i] += x.index_select(1, run.padded).sum((0, 1))
+            for to, x in zip(outs, (found_q, found_k, found_v), strict=True):
+                _put(to, run, index, x.to(to.dtype))
+    if score_sum is not None:
+        grad_bias.flatten(1).index_add_(1, partition.entry.flatten(), score_sum.flatten(1))
+    return found
+
+
+def _weights(
+    query: Tensor, key: Tensor, masks: Tensor | None, kind: int, head: int, scale: float
+) -> Tensor:
+    """Attention weights of one head, [N, L, L]."""
+    if masks is None:
+        scores = torch.bmm(query, key.mT).mul_(scale)
+    else:
+        mask = masks[kind, head % masks.shape[1]]
+        scores = torch.baddbmm(mask, query, key.mT, alpha=scale)
+    return torch.softmax(scores, -1, out=scores)
+
+
+def _through_norm(grad: Tensor, x: Tensor) -> Tensor:
+    """Gradient of what was divided by its norm along the last axis."""
+    norm = x.norm(dim=-1, keepdim=True)
+    unit = x / norm.clamp(min=1e-12)
+    along = (grad * unit).sum(-1, keepdim=True) * (norm >= 1e-12)
+    return (grad - unit * along) / norm.clamp(min=1e-12)
+
+
+def _like(x: Tensor | None, query: Tensor) -> Tensor:
+    """Memory for the gradient of an optional tensor."""
+    return query.new_empty(0) if x is None else query.new_empty(x.shape, dtype=x.dtype)
+
+
+def _fake_forward(query: Tensor, *_: Any) -> Tensor:
+    return query.new_empty(query.shape)
+
+
+def _fake_backward(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    factor: Tensor | None,
+    pad: Tensor | None,
+    *_: Any,
+) -> tuple[Tensor, ...]:
+    return tuple(_like(x, query) for x in (query, key, value, bias, factor, pad))
+
+
+def _product(query: Sequence[int], geometry: Sequence[Any]) -> int:
+    """FLOPs of real positions with their windows: queries of padding are free."""
+    (wh, ww), (sh, sw), _, semantics = geometry
+    window, _ = windows.clamped((query[1], query[2]), (wh, ww), (sh, sw), semantics)
+    return 2 * math.prod(query) * math.prod(window)
+
+
+def _flops(query: Sequence[int], *rest: Any, **_: Any) -> int:
+    """Scores and mixing."""
+    return 2 * _product(query, rest[5:])
+
+
+def _flops_backward(grad: Sequence[int], *rest: Any, **_: Any) -> int:
+    """As torch counts scaled_dot_product_attention: five products, the scores once more."""
+    return 5 * _product(grad, rest[6:])
+
+
+_ARGUMENTS = (
+    "Tensor query, Tensor key, Tensor value, Tensor? bias, Tensor? factor, Tensor? pad, "
+    "int[2] window_size, int[2] shift_size, float scale, str semantics"
+)
+_attention_backward = _dispatch.define(
+    "window_attention_aten_backward",
+    f"(Tensor grad, {_ARGUMENTS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _backward,
+    _fake_backward,
+    _flops_backward,
+)
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    del output
+    ctx.save_for_backward(*inputs[:6])
+    ctx.shape = inputs[6:]
+
+
+def _gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    grads = _attention_backward(grad, *ctx.saved_tensors, *ctx.shape)
+    wanted = ctx.needs_input_grad[:6]
+    found = (g if want else None for g, want in zip(grads, wanted, strict=True))
+    return *found, None, None, None, None
+
+
+_attention = _dispatch.define(
+    "window_attention_aten",
+    f"({_ARGUMENTS}) -> Tensor",
+    _forward,
+    _fake_forward,
+    _flops,
+    _keep,
+    _gradient,
+)

@@ -1,0 +1,175 @@
+"""The public function of window attention, and what it accepts."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from timm.layers import register_notrace_function
+from torch import Tensor
+
+from vitarium.ops import _checks, _select
+from vitarium.ops.window_attn import aten, reference, windows
+
+
+@dataclass(frozen=True)
+class Call:
+    """A validated call: what every implementation gets."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    window_size: tuple[int, int]
+    shift_size: tuple[int, int]
+    bias: Tensor | None
+    scale: float
+    factor: Tensor | None
+    pad: Tensor | None
+    semantics: str
+
+
+def _prepare(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    window_size: int | tuple[int, int],
+    shift_size: int | tuple[int, int] = 0,
+    bias: Tensor | None = None,
+    scale: float | None = None,
+    logit_scale: Tensor | None = None,
+    pad: Tensor | None = None,
+    semantics: str = "timm",
+) -> Call:
+    _checks.maps(query=query, key=key, value=value)
+    window = _checks.pair("window_size", window_size)
+    shift = _shift(shift_size, window)
+    heads, head_dim = query.shape[3:]
+    exact = query.new_empty(0, dtype=torch.promote_types(query.dtype, torch.float32))
+    bias = _checks.parameter("bias", bias, (heads, 2 * window[0] - 1, 2 * window[1] - 1), exact)
+    pad = _checks.parameter("pad", pad, (3, heads, head_dim), query)
+    logit_scale = _checks.parameter("logit_scale", logit_scale, (heads,), exact)
+    if scale is not None and not isinstance(scale, (int, float)):
+        raise ValueError(f"scale: expected a number, got {type(scale).__name__}")
+    if scale is not None and logit_scale is not None:
+        raise ValueError("scale: expected None beside logit_scale, which takes its place")
+    if semantics not in windows.SEMANTICS:
+        raise ValueError(
+            f"semantics: expected one of {', '.join(windows.SEMANTICS)}, got {semantics!r}"
+        )
+    if semantics == "authors":
+        windows.divides((query.shape[1], query.shape[2]), window)
+    factor = None
+    if logit_scale is not None:
+        factor = logit_scale.clamp(max=_limit(semantics)).exp()
+    scale = head_dim**-0.5 if scale is None else float(scale)
+    return Call(query, key, value, window, shift, bias, scale, factor, pad, semantics)
+
+
+def _shift(value: int | tuple[int, int], window: tuple[int, int]) -> tuple[int, int]:
+    """Demand shifts from 0 on, smaller than the window; returned as two."""
+    found = (value, value) if isinstance(value, int) else value
+    if (
+        not isinstance(found, (tuple, list))
+        or len(found) != 2
+        or not all(isinstance(n, int) and not isinstance(n, bool) for n in found)
+        or not all(0 <= n < size for n, size in zip(found, window, strict=True))
+    ):
+        raise ValueError(
+            f"shift_size: expected an int or a pair of them, from 0 to below window_size "
+            f"{window}, got {value!r}"
+        )
+    return found[0], found[1]
+
+
+def _limit(semantics: str) -> float:
+    """The largest logit scale: log 100, which SwinV2's authors round to float32."""
+    if semantics.startswith("timm"):
+        return math.log(100)
+    return 4.605170249938965
+
+
+_op = _select.register(
+    _select.Op(
+        "window",
+        _prepare,
+        {
+            "reference": _select.Implementation(reference.run, reference.unsupported),
+            "aten": _select.Implementation(aten.run, aten.unsupported, automatic=True),
+        },
+    )
+)
+
+
+@register_notrace_function
+def window_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    window_size: int | tuple[int, int],
+    shift_size: int | tuple[int, int] = 0,
+    bias: Tensor | None = None,
+    scale: float | None = None,
+    logit_scale: Tensor | None = None,
+    pad: Tensor | None = None,
+    semantics: str = "timm",
+    impl: str | None = None,
+) -> Tensor:
+    """Attention among the positions of each window; windows cut the map without overlap.
+
+    ``out[i] = sum_j softmax_j(scale * q[i] . k[j] + bias[i - j] + mask[i, j]) v[j]``
+
+    where j runs over i's window. With a shift the map is rolled by ``-shift_size`` first and
+    the result is rolled back; mask is -100 between positions that only rolling made neighbors,
+    else 0. Where windows do not divide the map, it is padded at the bottom and right; padded
+    positions are ordinary keys.
+
+    Args:
+        query: ``[B, H, W, heads, head_dim]``, floating point; any strides. Fastest where query,
+            key and value are views of one projection, ``qkv.unbind(3)``.
+        key: like ``query``.
+        value: like ``query``.
+        window_size: window in tokens, an int or ``(wh, ww)``.
+        shift_size: shift in tokens, below ``window_size``, an int or ``(sh, sw)``.
+        bias: relative position bias ``[heads, 2*wh-1, 2*ww-1]``, indexed by query minus key
+            plus ``window_size - 1``; where a window is clamped, its middle applies.
+        scale: factor of the dot products; ``head_dim ** -0.5`` if None.
+        logit_scale: ``[heads]``: SwinV2's cosine form. Query and key are divided by their
+            norms, and ``exp(min(logit_scale, log 100))`` is the factor.
+        pad: ``[3, heads, head_dim]``: query, key and value of a padded position; zeros if None.
+        semantics: what happens on maps that windows do not divide or that are not larger than
+            one. ``"timm"``: on each axis where the map is not larger than the window, the window
+            is clamped to it and the shift is 0; the map is rolled, then padded.
+            ``"timm_fixed"``: the same without clamping, as blocks of timm do that were built for
+            another size or with ``always_partition``. ``"authors"``: where the map's shorter side
+            is not longer than the window's, windows are squares of that side, and both shifts are
+            0; nothing is padded (the authors' classifiers). ``"dense"``: nothing is clamped; the
+            map is padded, then rolled (their detectors).
+        impl: ``"reference"``, ``"aten"`` or ``"auto"``; None leaves the choice to
+            `vitarium.ops.use_impl`, the environment variable VITARIUM_OPS and ``auto``.
+
+    Returns:
+        ``[B, H, W, heads, head_dim]``, contiguous, of query's dtype.
+
+    Raises:
+        ValueError: a rank, shape, dtype or device that does not fit, a shift that is not below
+            the window, a scale beside a logit_scale, unknown semantics, a map that the authors'
+            windows do not divide, or a requested implementation that cannot run this call.
+
+    Implementations:
+        ``reference``: any device, floating dtype and head_dim; computes in float64; gradients
+        of everything; the definition of correct.
+        ``aten``: any device, floating dtype and head_dim; gradients of everything, bias,
+        logit_scale and pad included; deterministic; one op to torch.compile, ordinary functions
+        to torch.export.
+
+    Source:
+        Liu et al., arXiv 2103.14030, section 3.2, and arXiv 2111.09883, section 3.3.
+    """
+    call = _prepare(
+        query, key, value, window_size, shift_size, bias, scale, logit_scale, pad, semantics
+    )
+    return _op(call, impl)
+
+
+window_attention.op_name = "window"

@@ -1,0 +1,106 @@
+"""Window attention as exported programs hold it: plain functions that fit maps of any size."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vitarium.ops.window_attn import windows
+
+if TYPE_CHECKING:
+    from vitarium.ops.window_attn.op import Call
+
+
+class _Axis(NamedTuple):
+    """One axis, of a length that may be unknown while tracing.
+
+    position [count, w]: where places stand on the map, its length for padding. region
+    [count, w]. live [w]: false for places beyond a map that is smaller than the window, which
+    no query sees. slot [length]: where in the windows positions of the map stand.
+    """
+
+    position: Tensor
+    region: Tensor
+    live: Tensor
+    slot: Tensor
+
+
+def _axis(length: int, window: int, shift: int, semantics: str, device: torch.device) -> _Axis:
+    count = (length + window - 1) // window
+    padded = count * window
+    if not isinstance(length, int):
+        least: Any = torch.sym_max  # torch makes programs of their own for sizes of one
+        count = least(count, 2)
+    place = torch.arange(window, device=device)
+    slot = place + window * torch.arange(count, device=device)[:, None]
+    index = torch.arange(length, device=device)
+    live = torch.ones_like(place, dtype=torch.bool)
+    moved = torch.full((1,), shift, device=device)
+    if semantics == "timm":
+        live = place < length
+        # a map that is no larger than the window is not shifted
+        moved = moved * (torch.full((1,), window, device=device) < length)
+    region = (slot >= padded - window).long() + (slot >= padded - moved).long()
+    region = region * (moved > 0)
+    if semantics == "dense":
+        position = (slot + moved) % padded
+        index = (index - moved + padded) % padded
+    else:
+        position = torch.where(slot < length, (slot + moved) % length, length)
+        index = (index - moved + length) % length
+    return _Axis(position.clamp(max=length), region, live, index)
+
+
+def run(call: Call) -> Tensor:
+    """All windows in one call; a map of unknown size keeps the window that it was given."""
+    batch, height, width = call.query.shape[:3]
+    device, semantics = call.query.device, call.semantics
+    window, shift = call.window_size, call.shift_size
+    if semantics == "authors" or (isinstance(height, int) and isinstance(width, int)):
+        window, shift = windows.clamped((height, width), window, shift, semantics)
+    rows, columns = (
+        _axis(n, w, s, semantics, device)
+        for n, w, s in zip((height, width), window, shift, strict=True)
+    )
+    across = columns.position.shape[0]
+    order = torch.arange(rows.position.shape[0] * across, device=device)
+    i, j = order // across, order % across
+    row, column = rows.position[i][:, :, None], columns.position[j][:, None]
+    inside = (row < height) & (column < width)
+    position = torch.where(inside, row * width + column, height * width).flatten(1)
+    region = (3 * rows.region[i][:, :, None] + columns.region[j][:, None]).flatten(1)
+    live = (rows.live[:, None] & columns.live).flatten()
+
+    mask = torch.where(region[:, :, None] != region[:, None], windows.MASKED, 0.0)[:, None]
+    if semantics == "timm":
+        mask = mask.masked_fill(~live, float("-inf"))
+    if call.bias is not None:
+        entry = windows.entries(window, call.window_size, device)
+        mask = mask + call.bias.flatten(1)[:, entry]
+    pad = call.query.new_zeros(3, *call.query.shape[3:]) if call.pad is None else call.pad
+    query, key, value = (
+        torch.cat([x.flatten(1, 2), fill.expand(batch, 1, -1, -1)], 1)
+        for x, fill in zip((call.query, call.key, call.value), pad, strict=True)
+    )
+    scale = call.scale
+    if call.factor is not None:
+        scale, exact = 1.0, call.factor.dtype
+        query, key = (F.normalize(x.to(exact), dim=-1) for x in (query, key))
+        query = (query * call.factor[:, None]).to(value.dtype)
+        key = key.to(value.dtype)
+    # images and windows share an axis: of five-dimensional attention inductor makes nonsense
+    query, key, value = (x[:, position].flatten(0, 1).transpose(1, 2) for x in (query, key, value))
+    out = F.scaled_dot_product_attention(
+        query,
+        key,
+        value,
+        attn_mask=mask.to(query.dtype).repeat(batch, 1, 1, 1),
+        scale=scale,
+    )
+    wh, ww = window
+    place = (rows.slot // wh)[:, None] * across + columns.slot // ww
+    place = (place * wh + (rows.slot % wh)[:, None]) * ww + columns.slot % ww
+    return out.transpose(1, 2).reshape(batch, position.numel(), *call.query.shape[3:])[:, place]
