@@ -2,14 +2,12 @@
 
 from vitarium.ops._select import Explanation, explain, use_impl
 from vitarium.ops.channel_attn.op import channel_attention
-from vitarium.ops.agent_attn.op import agent_attention
 from vitarium.ops.neighborhood_attn.op import neighborhood_attention
 from vitarium.ops.neighborhood_parts.op import neighborhood_mix, neighborhood_scores
 from vitarium.ops.window_attn.op import window_attention
 
 __all__ = [
     "Explanation",
-    "agent_attention",
     "channel_attention",
     "explain",
     "neighborhood_attention",
