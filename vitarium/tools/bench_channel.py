@@ -35,36 +35,45 @@ class Channel:
         return f"{self.height}x{self.width} x {self.heads} heads, batch {self.batch}"
 
     def inputs(self, biased: bool) -> _Inputs:
+        """The output of the projection, with the gradient that it wants: copies count."""
         del biased
         torch.manual_seed(0)
-        shape = (self.batch, self.height, self.width, 3, self.heads, self.head_dim)
-        # strided like a model's: three views of one projection
-        qkv = torch.randn(shape).unbind(3)
-        names = ("query", "key", "value")
-        return {n: x.detach().requires_grad_() for n, x in zip(names, qkv, strict=True)}
+        channels = 3 * self.heads * self.head_dim
+        qkv = torch.randn(self.batch, self.height, self.width, channels)
+        return {"qkv": qkv.requires_grad_()}
 
     def oracle(self, inputs: _Inputs) -> Tensor:
-        return channel_attention(**{n: x.double() for n, x in inputs.items()}, impl="reference")
+        return channel_attention(*self._maps(inputs["qkv"].double()), impl="reference")
+
+    def _maps(self, qkv: Tensor) -> tuple[Tensor, ...]:
+        return qkv.unflatten(-1, (3, self.heads, self.head_dim)).unbind(3)
 
     def candidates(self, biased: bool, backward: bool) -> dict[str, _Candidate | str]:
         del biased, backward
         return {"vitarium": self._ours, "timm": self._timm, "SDPA over channels": self._sdpa}
 
     def _ours(self, inputs: _Inputs) -> Tensor:
-        return channel_attention(**inputs)
+        return channel_attention(*self._maps(inputs["qkv"]))
+
+    def _heads_first(self, inputs: _Inputs) -> tuple[Tensor, ...]:
+        qkv = inputs["qkv"].unflatten(-1, (3, self.heads, self.head_dim)).flatten(1, 2)
+        return qkv.permute(2, 0, 3, 1, 4).unbind(0)
 
     def _timm(self, inputs: _Inputs) -> Tensor:
-        """As timm's DaViT has it: heads first, the scaled keys times the values."""
-        query, key, value = (x.flatten(1, 2).transpose(1, 2) for x in inputs.values())
+        """As timm's DaViT has it: the scaled keys times the values."""
+        query, key, value = self._heads_first(inputs)
         weights = ((key * self.head_dim**-0.5).mT @ value).softmax(-1)
-        out = (weights @ query.mT).mT
-        return out.transpose(1, 2).reshape(inputs["query"].shape)
+        return self._map(weights @ query.mT)
 
     def _sdpa(self, inputs: _Inputs) -> Tensor:
         """Channels in the place of tokens."""
-        query, key, value = (x.flatten(1, 2).permute(0, 2, 3, 1) for x in inputs.values())
+        query, key, value = (x.mT for x in self._heads_first(inputs))
         out = F.scaled_dot_product_attention(key, value, query, scale=self.head_dim**-0.5)
-        return out.permute(0, 3, 1, 2).reshape(inputs["query"].shape)
+        return self._map(out)
+
+    def _map(self, out: Tensor) -> Tensor:
+        shape = (self.batch, self.height, self.width, self.heads, self.head_dim)
+        return out.permute(0, 3, 1, 2).reshape(shape)
 
 
 def cases(quick: bool) -> list[Channel]:

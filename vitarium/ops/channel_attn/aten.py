@@ -9,7 +9,7 @@ scaled_dot_product_attention with channels in the place of tokens.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -35,22 +35,37 @@ def run(call: Call) -> Tensor:
     return out
 
 
-def _pieces(*maps: Tensor) -> Iterator[list[Tensor]]:
-    """Batches of matrices [tokens, head_dim]: of images or of heads, whichever are fewer."""
-    batch, _, _, heads, _ = maps[0].shape
-    maps = tuple(x.flatten(1, 2) for x in maps)
-    if batch <= heads:
-        for images in zip(*(x.unbind(0) for x in maps), strict=True):
-            yield [x.transpose(0, 1) for x in images]
-    else:
-        for of_head in zip(*(x.unbind(2) for x in maps), strict=True):
-            yield list(of_head)
+def _by_image(batch: int, heads: int) -> bool:
+    """Whether to take the heads of an image at once: faster, until there are many small images."""
+    return batch <= 4 * heads
 
 
-def _pieces_of(weights: Tensor) -> Iterator[Tensor]:
+def _pieces(x: Tensor) -> tuple[Tensor, ...]:
+    """Batches of matrices [tokens, head_dim]: the heads of an image, or the images of a head."""
+    x = x.flatten(1, 2)
+    return x.transpose(1, 2).unbind(0) if _by_image(x.shape[0], x.shape[2]) else x.unbind(2)
+
+
+def _products(left: Tensor, right: Tensor) -> Tensor:
+    """Sums over tokens of what left's channels and right's give: [B, heads, head_dim, head_dim]."""
+    sums = _fake_forward(left)[1]
+    for x, y, total in zip(_pieces(left), _pieces(right), _weights(sums), strict=True):
+        total.copy_(torch.bmm(x.to(sums.dtype).mT, y.to(sums.dtype)))
+    return sums
+
+
+def _mix(mixed: Tensor, weights: Tensor, out: Tensor) -> None:
+    """Write ``mixed @ weights`` to ``out``, head by head."""
+    for x, w, o in zip(_pieces(mixed), _weights(weights), _pieces(out), strict=True):
+        if o.is_contiguous() and o.dtype == w.dtype:
+            torch.bmm(x, w, out=o)
+        else:
+            o.copy_(torch.bmm(x.to(w.dtype), w))
+
+
+def _weights(weights: Tensor) -> tuple[Tensor, ...]:
     """The weights [B, heads, head_dim, head_dim] that belong to each of the `_pieces`."""
-    batch, heads = weights.shape[:2]
-    return iter(weights.unbind(0 if batch <= heads else 1))
+    return weights.unbind(0 if _by_image(*weights.shape[:2]) else 1)
 
 
 def _scale(left: Tensor, scale: float | None) -> float:
@@ -61,12 +76,10 @@ def _forward(
     left: Tensor, right: Tensor, mixed: Tensor, scale: float | None
 ) -> tuple[Tensor, Tensor]:
     """The map, and the weights that the backward pass needs; half precision computes in float32."""
-    out, weights = _fake_forward(left)
-    scale = _scale(left, scale)
-    for (x, y, z, o), w in zip(_pieces(left, right, mixed, out), _pieces_of(weights), strict=True):
-        scores = torch.bmm(x.to(w.dtype).mT, y.to(w.dtype)).mul_(scale)
-        w.copy_(torch.softmax(scores, -1, out=scores))
-        o.copy_(torch.bmm(z.to(w.dtype), scores.mT))
+    weights = _products(left, right).mul_(_scale(left, scale))
+    torch.softmax(weights, -1, out=weights)
+    out = left.new_empty(left.shape)
+    _mix(mixed, weights.mT, out)
     return out, weights
 
 
@@ -75,16 +88,11 @@ def _backward(
 ) -> tuple[Tensor, ...]:
     """Gradients of left, right and mixed."""
     grads = _fake_backward(left)
-    scale = _scale(left, scale)
-    for pieces, w in zip(
-        _pieces(grad, left, right, mixed, *grads), _pieces_of(weights), strict=True
-    ):
-        g, x, y, z = (piece.to(w.dtype) for piece in pieces[:4])
-        grad_x, grad_y, grad_z = pieces[4:]
-        grad_z.copy_(torch.bmm(g, w))
-        scores = torch._softmax_backward_data(torch.bmm(g.mT, z), w, -1, w.dtype).mul_(scale)
-        grad_x.copy_(torch.bmm(y, scores.mT))
-        grad_y.copy_(torch.bmm(x, scores))
+    scores = torch._softmax_backward_data(_products(grad, mixed), weights, -1, weights.dtype)
+    scores.mul_(_scale(left, scale))
+    _mix(right, scores.mT, grads[0])
+    _mix(left, scores, grads[1])
+    _mix(grad, weights, grads[2])
     return grads
 
 
@@ -96,7 +104,11 @@ def _fake_forward(left: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
 
 
 def _fake_backward(left: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return left.new_empty(left.shape), left.new_empty(left.shape), left.new_empty(left.shape)
+    """Heads first, as matrix products give them: what follows copies gradients anyway."""
+    batch, height, width, heads, head_dim = left.shape
+    shape = (batch, heads, height, width, head_dim)
+    x, y, z = (left.new_empty(shape).permute(0, 2, 3, 1, 4) for _ in range(3))
+    return x, y, z
 
 
 def _flops(left: Sequence[int], *_: Any, **__: Any) -> int:
