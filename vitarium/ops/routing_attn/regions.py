@@ -1,0 +1,36 @@
+"""How a map is cut into regions."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+
+
+class Axis(NamedTuple):
+    """Regions along an axis."""
+
+    size: int  # tokens of a region
+    total: int  # regions, padding included
+    real: int  # regions that hold any token of the map: the first ones
+
+    @property
+    def padded(self) -> int:
+        """Tokens, padding included."""
+        return self.size * self.total
+
+
+def axis(length: int, num_regions: int, completed: bool) -> Axis:
+    """Cut an axis.
+
+    Args:
+        length: tokens of the map.
+        num_regions: how many regions are wanted.
+        completed: whether padding completes the map to exactly so many regions. If not, regions
+            have ``length // num_regions`` tokens, the last one is completed, and there may be more.
+    """
+    size = -(-length // num_regions) if completed else length // num_regions
+    real: Any = (length + size - 1) // size
+    if not completed:
+        real = torch.sym_max(real, num_regions)  # it is; a traced program needs the bound
+    return Axis(size, num_regions if completed else real, real)
