@@ -55,7 +55,7 @@ def parameter(name: str, x: Tensor | None, shape: tuple[int, ...], like: Tensor)
     return x.to(like.dtype)
 
 
-def pair(name: str, value: int | Pair) -> Pair:
+def pair(name: str, value: object) -> Pair:
     """Demand a positive int or two; returned as two."""
     found = (value, value) if isinstance(value, int) else value
     if (

@@ -12,6 +12,8 @@ from torch import Tensor
 from vitarium.ops import _checks, _select
 from vitarium.ops.window_attn import aten, reference, windows
 
+Window = int | tuple[int | None, int | None]
+
 
 @dataclass(frozen=True)
 class Call:
@@ -20,7 +22,7 @@ class Call:
     query: Tensor
     key: Tensor
     value: Tensor
-    window_size: tuple[int, int]
+    window_size: tuple[int, int]  # 0 for the whole axis
     shift_size: tuple[int, int]
     bias: Tensor | None
     scale: float
@@ -33,7 +35,7 @@ def _prepare(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    window_size: int | tuple[int, int],
+    window_size: Window,
     shift_size: int | tuple[int, int] = 0,
     bias: Tensor | None = None,
     scale: float | None = None,
@@ -42,7 +44,11 @@ def _prepare(
     semantics: str = "timm",
 ) -> Call:
     _checks.maps(query=query, key=key, value=value)
-    window = _checks.pair("window_size", window_size)
+    if semantics not in windows.SEMANTICS:
+        raise ValueError(
+            f"semantics: expected one of {', '.join(windows.SEMANTICS)}, got {semantics!r}"
+        )
+    window = _window(window_size, semantics, bias is not None)
     shift = _shift(shift_size, window)
     heads, head_dim = query.shape[3:]
     exact = query.new_empty(0, dtype=torch.promote_types(query.dtype, torch.float32))
@@ -53,10 +59,6 @@ def _prepare(
         raise ValueError(f"scale: expected a number, got {type(scale).__name__}")
     if scale is not None and logit_scale is not None:
         raise ValueError("scale: expected None beside logit_scale, which takes its place")
-    if semantics not in windows.SEMANTICS:
-        raise ValueError(
-            f"semantics: expected one of {', '.join(windows.SEMANTICS)}, got {semantics!r}"
-        )
     if semantics == "authors":
         windows.divides((query.shape[1], query.shape[2]), window)
     factor = None
@@ -66,6 +68,23 @@ def _prepare(
     return Call(query, key, value, window, shift, bias, scale, factor, pad, semantics)
 
 
+def _window(value: Window, semantics: str, biased: bool) -> tuple[int, int]:
+    """Demand sizes that bias and semantics allow; returned as two, 0 for the whole axis."""
+    found = value if isinstance(value, (tuple, list)) else (value, value)
+    sizes = _checks.pair("window_size", tuple(1 if n is None else n for n in found))
+    if None not in found:
+        if semantics == "authors_padded" and sizes[0] != sizes[1]:
+            raise ValueError(
+                f"window_size: expected a square with semantics={semantics!r}, got {value!r}"
+            )
+        return sizes
+    if biased or semantics.startswith("authors"):
+        raise ValueError(
+            f"window_size: expected numbers beside a bias or the authors' semantics, got {value!r}"
+        )
+    return 0 if found[0] is None else sizes[0], 0 if found[1] is None else sizes[1]
+
+
 def _shift(value: int | tuple[int, int], window: tuple[int, int]) -> tuple[int, int]:
     """Demand shifts from 0 on, smaller than the window; returned as two."""
     found = (value, value) if isinstance(value, int) else value
@@ -73,7 +92,7 @@ def _shift(value: int | tuple[int, int], window: tuple[int, int]) -> tuple[int, 
         not isinstance(found, (tuple, list))
         or len(found) != 2
         or not all(isinstance(n, int) and not isinstance(n, bool) for n in found)
-        or not all(0 <= n < size for n, size in zip(found, window, strict=True))
+        or not all(0 <= n < max(size, 1) for n, size in zip(found, window, strict=True))
     ):
         raise ValueError(
             f"shift_size: expected an int or a pair of them, from 0 to below window_size "
@@ -106,7 +125,7 @@ def window_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    window_size: int | tuple[int, int],
+    window_size: Window,
     shift_size: int | tuple[int, int] = 0,
     bias: Tensor | None = None,
     scale: float | None = None,
@@ -129,7 +148,8 @@ def window_attention(
             key and value are views of one projection, ``qkv.unbind(3)``.
         key: like ``query``.
         value: like ``query``.
-        window_size: window in tokens, an int or ``(wh, ww)``.
+        window_size: window in tokens, an int or ``(wh, ww)``; None in the place of one of the
+            two for as many tokens as the map has on that axis.
         shift_size: shift in tokens, below ``window_size``, an int or ``(sh, sw)``.
         bias: relative position bias ``[heads, 2*wh-1, 2*ww-1]``, indexed by query minus key
             plus ``window_size - 1``; where a window is clamped, its middle applies.
@@ -144,7 +164,9 @@ def window_attention(
             another size or with ``always_partition``. ``"authors"``: where the map's shorter side
             is not longer than the window's, windows are squares of that side, and both shifts are
             0; nothing is padded (the authors' classifiers). ``"dense"``: nothing is clamped; the
-            map is padded, then rolled (their detectors).
+            map is padded, then rolled (their detectors). ``"authors_padded"``, for square
+            windows: clamped as ``"authors"``, then as ``"dense"``: what ``"authors"`` is where
+            windows divide the map, and works on every map.
         impl: ``"reference"``, ``"aten"`` or ``"auto"``; None leaves the choice to
             `vitarium.ops.use_impl`, the environment variable VITARIUM_OPS and ``auto``.
 

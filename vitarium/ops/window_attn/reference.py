@@ -32,16 +32,17 @@ def run(call: Call) -> Tensor:
     )
     rows, columns = -(-height // wh), -(-width // ww)
     back = (-shift[0], -shift[1])
+    padded_first = call.semantics in windows.PADDED_FIRST
 
     def cut(x: Tensor, fill: Tensor) -> Tensor:
         """[B, H, W, ...] -> [B, windows, L, ...]."""
-        if call.semantics != "dense":
+        if not padded_first:
             x = x.roll(back, (1, 2))
         tail = x.shape[3:]
         below = fill.expand(len(x), rows * wh - height, width, *tail)
         right = fill.expand(len(x), rows * wh, columns * ww - width, *tail)
         x = torch.cat([torch.cat([x, below], 1), right], 2)
-        if call.semantics == "dense":
+        if padded_first:
             x = x.roll(back, (1, 2))
         x = x.unflatten(2, (columns, ww)).unflatten(1, (rows, wh)).transpose(2, 3)
         return x.flatten(3, 4).flatten(1, 2)
@@ -63,7 +64,7 @@ def run(call: Call) -> Tensor:
 
     out = out.unflatten(2, (wh, ww)).unflatten(1, (rows, columns)).transpose(2, 3)
     out = out.flatten(3, 4).flatten(1, 2)
-    if call.semantics == "dense":
+    if padded_first:
         out = out.roll(shift, (1, 2))[:, :height, :width]
     else:
         out = out[:, :height, :width].roll(shift, (1, 2))

@@ -18,40 +18,48 @@ class _Axis(NamedTuple):
     """One axis, of a length that may be unknown while tracing.
 
     position [count, w]: where places stand on the map, its length for padding. region
-    [count, w]. live [w]: false for places beyond a map that is smaller than the window, which
-    no query sees. slot [length]: where in the windows positions of the map stand.
+    [count, w]. live [w]: false for places beyond a window that is clamped to the map, which
+    no query sees. number, place [length]: in which window, and where in it, positions stand.
     """
 
     position: Tensor
     region: Tensor
     live: Tensor
-    slot: Tensor
+    number: Tensor
+    place: Tensor
 
 
-def _axis(length: int, window: int, shift: int, semantics: str, device: torch.device) -> _Axis:
-    count = (length + window - 1) // window
-    padded = count * window
-    if not isinstance(length, int):
-        least: Any = torch.sym_max  # torch makes programs of their own for sizes of one
-        count = least(count, 2)
-    place = torch.arange(window, device=device)
-    slot = place + window * torch.arange(count, device=device)[:, None]
+def _axis(
+    length: int, window: int, shift: int, semantics: str, shorter: int, device: torch.device
+) -> _Axis:
+    """Cut an axis; ``shorter`` is the map's shorter side."""
+    symbolic: Any = torch  # whose functions of unknown sizes have no types
+    least = length if semantics == "timm" else shorter  # what windows are clamped to
+    used = window
+    if semantics == "authors_padded":
+        used = symbolic.sym_min(window, shorter)
+    count = 1 if window is length else (length + used - 1) // used
+    padded = count * used
+    if not isinstance(count, int):
+        count = symbolic.sym_max(count, 2)  # torch makes programs of their own for sizes of one
+    inner = torch.arange(window, device=device)
+    slot = inner + used * torch.arange(count, device=device)[:, None]
     index = torch.arange(length, device=device)
-    live = torch.ones_like(place, dtype=torch.bool)
+    live = torch.ones_like(inner, dtype=torch.bool)
     moved = torch.full((1,), shift, device=device)
-    if semantics == "timm":
-        live = place < length
+    if semantics in ("timm", "authors_padded"):
+        live = inner < least
         # a map that is no larger than the window is not shifted
-        moved = moved * (torch.full((1,), window, device=device) < length)
-    region = (slot >= padded - window).long() + (slot >= padded - moved).long()
+        moved = moved * (torch.full((1,), window, device=device) < least)
+    region = (slot >= padded - used).long() + (slot >= padded - moved).long()
     region = region * (moved > 0)
-    if semantics == "dense":
+    if semantics in windows.PADDED_FIRST:
         position = (slot + moved) % padded
         index = (index - moved + padded) % padded
     else:
         position = torch.where(slot < length, (slot + moved) % length, length)
         index = (index - moved + length) % length
-    return _Axis(position.clamp(max=length), region, live, index)
+    return _Axis(position.clamp(max=length), region, live, index // used, index % used)
 
 
 def run(call: Call) -> Tensor:
@@ -61,8 +69,12 @@ def run(call: Call) -> Tensor:
     window, shift = call.window_size, call.shift_size
     if semantics == "authors" or (isinstance(height, int) and isinstance(width, int)):
         window, shift = windows.clamped((height, width), window, shift, semantics)
+    table = windows.full((height, width), call.window_size)
+    window = windows.full((height, width), window)
+    symbolic: Any = torch
+    shorter = symbolic.sym_min(height, width)
     rows, columns = (
-        _axis(n, w, s, semantics, device)
+        _axis(n, w, s, semantics, shorter, device)
         for n, w, s in zip((height, width), window, shift, strict=True)
     )
     across = columns.position.shape[0]
@@ -75,10 +87,10 @@ def run(call: Call) -> Tensor:
     live = (rows.live[:, None] & columns.live).flatten()
 
     mask = torch.where(region[:, :, None] != region[:, None], windows.MASKED, 0.0)[:, None]
-    if semantics == "timm":
+    if semantics in ("timm", "authors_padded"):
         mask = mask.masked_fill(~live, float("-inf"))
     if call.bias is not None:
-        entry = windows.entries(window, call.window_size, device)
+        entry = windows.entries(window, table, device)
         mask = mask + call.bias.flatten(1)[:, entry]
     pad = call.query.new_zeros(3, *call.query.shape[3:]) if call.pad is None else call.pad
     query, key, value = (
@@ -101,6 +113,6 @@ def run(call: Call) -> Tensor:
         scale=scale,
     )
     wh, ww = window
-    place = (rows.slot // wh)[:, None] * across + columns.slot // ww
-    place = (place * wh + (rows.slot % wh)[:, None]) * ww + columns.slot % ww
+    place = rows.number[:, None] * across + columns.number
+    place = (place * wh + rows.place[:, None]) * ww + columns.place
     return out.transpose(1, 2).reshape(batch, position.numel(), *call.query.shape[3:])[:, place]

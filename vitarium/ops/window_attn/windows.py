@@ -14,13 +14,20 @@ import torch
 from torch import Tensor
 
 Pair = tuple[int, int]
-SEMANTICS = ("timm", "timm_fixed", "authors", "dense")
+SEMANTICS = ("timm", "timm_fixed", "authors", "authors_padded", "dense")
+PADDED_FIRST = ("authors_padded", "dense")  # the others roll the map, then pad it
 MASKED = -100.0
+
+
+def full(size: Pair, window: Pair) -> Pair:
+    """The window that was given, where 0 is the whole axis."""
+    return window[0] or size[0], window[1] or size[1]
 
 
 def clamped(size: Pair, window: Pair, shift: Pair, semantics: str) -> tuple[Pair, Pair]:
     """Window and shift that a map of ``size`` gets."""
-    if semantics == "authors" and min(size) <= min(window):
+    window = full(size, window)
+    if semantics.startswith("authors") and min(size) <= min(window):
         return (min(size), min(size)), (0, 0)
     if semantics == "timm":
         small = [n <= w for n, w in zip(size, window, strict=True)]
@@ -51,7 +58,7 @@ def axis(length: int, window: int, shift: int, semantics: str, device: torch.dev
     """Cut one axis."""
     padded = -(-length // window) * window
     slot = torch.arange(padded, device=device)
-    if semantics == "dense":
+    if semantics in PADDED_FIRST:
         position = (slot + shift) % padded
         position = torch.where(position < length, position, -1)
     else:
@@ -105,7 +112,7 @@ def partition(
             real, padded = places if is_padded.any() else (None, None)
             runs.append(Run(index.clamp(min=0), kind, real, padded))
     mask = torch.where(masks[0], MASKED, 0.0)
-    entry = entries(window, window_size, device)
+    entry = entries(window, full(size, window_size), device)
     return Partition(tuple(runs), mask, entry, bool(masks[0].any()))
 
 
