@@ -10,7 +10,13 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor
 
-from vitarium.tools import bench, bench_channel, bench_neighborhood, bench_neighborhood_parts
+from vitarium.tools import (
+    bench,
+    bench_agent,
+    bench_channel,
+    bench_neighborhood,
+    bench_neighborhood_parts,
+)
 
 Candidate = Callable[[dict[str, Tensor]], Tensor]
 
@@ -49,6 +55,7 @@ _CASES: dict[str, Callable[[bool], Sequence[Case]]] = {
     "neighborhood_scores": bench_neighborhood_parts.scores_cases,
     "neighborhood_mix": bench_neighborhood_parts.mix_cases,
     "channel": bench_channel.cases,
+    "agent": bench_agent.cases,
 }
 
 

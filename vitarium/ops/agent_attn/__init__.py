@@ -1,0 +1,1 @@
+"""Agent attention: queries and keys meet in a few agents, pooled from the queries."""

@@ -1,0 +1,116 @@
+"""Agent attention as one would write it without this package: the benchmark's peers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vitarium.ops import agent_attention
+
+_Inputs = dict[str, Tensor]
+_Candidate = Callable[[_Inputs], Tensor]
+
+
+@dataclass(frozen=True)
+class Agent:
+    """Maps batch x H x W with heads of head_dim channels, and a square of agents."""
+
+    size: tuple[int, int]
+    agent_size: int
+    heads: int
+    goals: dict[str, float] = field(default_factory=dict)
+    batch: int = 2
+    head_dim: int = 32
+    biases: tuple[bool, ...] = (False, True)
+    op: str = "agent"
+
+    @property
+    def title(self) -> str:
+        height, width = self.size
+        return f"{height}x{width} x {self.heads} heads, {self.agent_size**2} agents"
+
+    def inputs(self, biased: bool) -> _Inputs:
+        torch.manual_seed(0)
+        height, width = self.size
+        qkv = torch.randn(self.batch, height, width, 3, self.heads, self.head_dim)
+        # strided like a model's: three views of one projection
+        inputs = dict(zip(("query", "key", "value"), qkv.unbind(3), strict=True))
+        if biased:
+            shape = (self.heads, self.agent_size**2, height * width)
+            inputs["agent_bias"] = torch.randn(shape)
+            inputs["token_bias"] = torch.randn(shape).mT  # as bias maps are resized: [.., H, W]
+        return {name: x.detach().requires_grad_() for name, x in inputs.items()}
+
+    def oracle(self, inputs: _Inputs) -> Tensor:
+        exact = {name: x.double() for name, x in inputs.items()}
+        return self._map(agent_attention(**exact, agent_size=self.agent_size, impl="reference"))
+
+    def candidates(self, biased: bool, backward: bool) -> dict[str, _Candidate | str]:
+        del biased, backward
+        return {
+            "vitarium": self._ours,
+            "SDPA twice, float mask": self._fused,
+            "two materialised softmaxes": self._written_out,
+        }
+
+    def _map(self, out: Tensor | tuple[Tensor, Tensor]) -> Tensor:
+        assert isinstance(out, Tensor)
+        return out
+
+    def _ours(self, inputs: _Inputs) -> Tensor:
+        return self._map(agent_attention(**inputs, agent_size=self.agent_size))
+
+    def _tokens(self, inputs: _Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Agents, then query, key and value, all [B, heads, tokens, head_dim]."""
+        maps = (inputs[name] for name in ("query", "key", "value"))
+        query, key, value = (x.flatten(1, 2).transpose(1, 2) for x in maps)
+        grid = inputs["query"].flatten(3).permute(0, 3, 1, 2)
+        grid = F.adaptive_avg_pool2d(grid, self.agent_size).flatten(2)
+        return grid.unflatten(1, query.shape[1::2]).transpose(2, 3), query, key, value
+
+    def _fused(self, inputs: _Inputs) -> Tensor:
+        agents, query, key, value = self._tokens(inputs)
+        first, second = (
+            None if bias is None else bias[None]
+            for bias in (inputs.get("agent_bias"), inputs.get("token_bias"))
+        )
+        gathered = F.scaled_dot_product_attention(agents, key, value, first)
+        out = F.scaled_dot_product_attention(query, agents, gathered, second)
+        return out.transpose(1, 2).reshape(inputs["query"].shape)
+
+    def _written_out(self, inputs: _Inputs) -> Tensor:
+        agents, query, key, value = self._tokens(inputs)
+        scale = self.head_dim**-0.5
+        scores = agents * scale @ key.mT
+        if "agent_bias" in inputs:
+            scores = scores + inputs["agent_bias"]
+        gathered = scores.softmax(-1) @ value
+        scores = query * scale @ agents.mT
+        if "token_bias" in inputs:
+            scores = scores + inputs["token_bias"]
+        out = scores.softmax(-1) @ gathered
+        return out.transpose(1, 2).reshape(inputs["query"].shape)
+
+
+_PASSES = ("forward", "forward, bias", "forward+backward", "forward+backward, bias")
+
+
+def cases(quick: bool) -> list[Agent]:
+    """Agent-Swin-T's maps at 224 pixels, DeiT-T's, and detection's largest at 800 x 1216.
+
+    To be no slower than the best peer; if quick, the smaller of the first two.
+    """
+    goals = dict.fromkeys(_PASSES, 1.0)
+    if quick:
+        return [Agent((28, 28), 4, 6, goals)]
+    return [
+        Agent((28, 28), 4, 6, goals),
+        Agent((56, 56), 3, 3, goals),
+        Agent((14, 14), 7, 12, goals),
+        Agent((14, 14), 7, 3, goals, head_dim=64),
+        Agent((200, 304), 9, 3, goals, batch=1),
+    ]
