@@ -134,24 +134,11 @@ def _routing(device: torch.device) -> dict[str, dict[str, Any]]:
     return {"7 x 7 regions (BiFormer)": call}
 
 
-def _agent(device: torch.device) -> dict[str, dict[str, Any]]:
-    heads, agents = 3, 9
-    query = torch.zeros(1, 14, 14, heads, 32, device=device)
-    call = dict.fromkeys(("query", "key", "value"), query) | {"agent_size": 3}
-    biases = {
-        "agent_bias": query.new_zeros(heads, agents, 196),
-        "token_bias": query.new_zeros(heads, 196, agents),
-    }
-    classes = {"prefix": (query.new_zeros(1, 1, heads, 32),) * 3}
-    return {"with biases": call | biases, "with a class token": call | classes}
-
-
 _CALLS: dict[str, Callable[[torch.device], dict[str, dict[str, Any]]]] = {
     "neighborhood": _neighborhood,
     "neighborhood_scores": _neighborhood_scores,
     "neighborhood_mix": _neighborhood_mix,
     "channel": _channel,
-    "agent": _agent,
     "agent": _agent,
     "routing": _routing,
 }

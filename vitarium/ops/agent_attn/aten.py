@@ -11,7 +11,7 @@ ordinary functions.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -36,21 +36,20 @@ def unsupported(call: Call) -> str | None:
 def run(call: Call) -> Tensor:
     """[B, P + H * W, heads, head_dim], class tokens first."""
     size = call.query.shape[1:3]
-    tokens = [x.flatten(1, 2) for x in (call.query, call.key, call.value)]
+    query, key, value = (x.flatten(1, 2) for x in (call.query, call.key, call.value))
     if call.prefix is not None:
-        tokens = [torch.cat(pair, 1) for pair in zip(call.prefix, tokens, strict=True)]
-    arguments = (*tokens, call.agent_bias, call.token_bias, size, call.agent_size, call.scale)
-    if _select.is_exporting():
-        return _fused(*arguments)
-    out: Tensor = _attention(*arguments)
-    return out
+        tokens = zip(call.prefix, (query, key, value), strict=True)
+        query, key, value = (torch.cat(pair, 1) for pair in tokens)
+    attend: Callable[..., Tensor] = _fused if _select.is_exporting() else _attention
+    biases, sizes = (call.agent_bias, call.token_bias), (call.query.shape[1:3], call.agent_size)
+    return attend(query, key, value, *biases, *sizes, call.scale)
 
 
 def _agents(query: Tensor, size: Sequence[int], agent_size: Sequence[int]) -> Tensor:
     """Means of the map's queries [B, P + H * W, heads, head_dim]: [B, heads, n, head_dim]."""
-    height, width = size
+    (height, width), (rows, columns) = size, agent_size
     x = query[:, query.shape[1] - height * width :].flatten(2).unflatten(1, (height, width))
-    x = F.adaptive_avg_pool2d(x.permute(0, 3, 1, 2), tuple(agent_size))
+    x = F.adaptive_avg_pool2d(x.permute(0, 3, 1, 2), (rows, columns))
     return x.unflatten(1, query.shape[2:]).flatten(3).mT
 
 
