@@ -147,7 +147,36 @@ class Patches(nn.Module):
         return self.norm(self.proj(F.pad(x, (0, pad, 0, pad))).permute(0, 2, 3, 1))
 
 
+class PatchMerging(nn.Module):
+    """2 x 2 tokens in one: a LayerNorm and a linear map of their channels."""
+
+    def __init__(self, dim: int, **dd: Any) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(4 * dim, **dd)
+        self.reduction = nn.Linear(4 * dim, 2 * dim, bias=False, **dd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, H, W, C] -> [B, ceil(H / 2), ceil(W / 2), 2C]."""
+        height, width = x.shape[1:3]
+        # one number for all sizes, so that a traced program fits them: a second row is not read
+        x = F.pad(x, (0, 0, 0, 1, 0, 1))
+        even, odd = x[:, 0:height:2], x[:, 1::2]
+        columns = (slice(0, width, 2), slice(1, None, 2))
+        tokens = [rows[:, :, column] for column in columns for rows in (even, odd)]
+        return self.reduction(self.norm(torch.cat(tokens, -1)))
+
+
 # Models
+
+
+def checked_size(img_size: int | Sequence[int], min_size: int) -> tuple[int, int]:
+    """(H, W) in pixels from one or two sides, none below ``min_size``."""
+    size = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
+    if len(size) != 2 or any(not isinstance(side, int) or side < min_size for side in size):
+        raise ValueError(
+            f"img_size: expected one or two sides in pixels, at least {min_size}, got {img_size!r}"
+        )
+    return size[0], size[1]
 
 
 @register_notrace_function  # which passes over names with an underscore
@@ -490,7 +519,7 @@ class DensePyramid(nn.Module):
         out_indices: ascending indices of the levels whose maps are returned.
     """
 
-    def __init__(self, model: NeighborhoodPyramid, out_indices: Sequence[int]) -> None:
+    def __init__(self, model: Backbone, out_indices: Sequence[int]) -> None:
         super().__init__()
         dd = get_device_dtype(model)
         model.prune_intermediate_layers(list(out_indices), prune_norm=True)

@@ -27,15 +27,13 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
-import torch
-import torch.nn.functional as F
 from timm.models import generate_default_cfgs
-from torch import Tensor, nn
 
 from vitarium.backbones._blocks import (
     DensePyramid,
     NeighborhoodPyramid,
     Patches,
+    PatchMerging,
     checkpoint_filter_fn,
     cycled,
 )
@@ -43,25 +41,6 @@ from vitarium.backbones._registry import Published, build, register, source_cfg
 from vitarium.checkpoints import Renames, Weight
 
 __all__ = ["DiNATs"]
-
-
-class PatchMerging(nn.Module):
-    """2 x 2 tokens in one: a LayerNorm and a linear map of their channels."""
-
-    def __init__(self, dim: int, **dd: Any) -> None:
-        super().__init__()
-        self.norm = nn.LayerNorm(4 * dim, **dd)
-        self.reduction = nn.Linear(4 * dim, 2 * dim, bias=False, **dd)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, H, W, C] -> [B, ceil(H / 2), ceil(W / 2), 2C]."""
-        height, width = x.shape[1:3]
-        # one number for all sizes, so that a traced program fits them: a second row is not read
-        x = F.pad(x, (0, 0, 0, 1, 0, 1))
-        even, odd = x[:, 0:height:2], x[:, 1::2]
-        columns = (slice(0, width, 2), slice(1, None, 2))
-        tokens = [rows[:, :, column] for column in columns for rows in (even, odd)]
-        return self.reduction(self.norm(torch.cat(tokens, -1)))
 
 
 class DiNATs(NeighborhoodPyramid):
