@@ -25,7 +25,8 @@ from vitarium.ops.window_attn.windows import Partition, Run
 if TYPE_CHECKING:
     from vitarium.ops.window_attn.op import Call
 
-CHUNK = 1 << 18  # elements that are worked on at a time, so that they stay in cache
+CHUNK = 1 << 19  # elements that are worked on at a time, so that they stay in cache
+_EPS = 1e-12  # the least norm, of torch.nn.functional.normalize
 
 
 def unsupported(call: Call) -> str | None:
@@ -73,23 +74,22 @@ def _sources(query: Tensor, key: Tensor, value: Tensor) -> list[Tensor]:
     return [_rows(projection)]
 
 
-def _parts(run: Run, batch: int, positions: int, channels: int) -> Iterator[Tensor]:
+def _parts(run: Run, query: Tensor) -> Iterator[Tensor]:
     """Cut the windows [N, L] of a run in all images into parts that stay in cache."""
     count, length = run.positions.shape
-    step = max(1, CHUNK // (length * channels))
+    batch, height, width, heads, head_dim = query.shape
+    step = max(1, CHUNK // (length * heads * (7 * head_dim + 2 * length)))  # the gradient's need
     images = max(1, step // count)
     for first in range(0, batch, images):
-        image = torch.arange(first, min(first + images, batch), device=run.positions.device)
-        index = (run.positions + image[:, None, None] * positions).flatten(0, 1)
+        image = torch.arange(first, min(first + images, batch), device=query.device)
+        index = (run.positions + image[:, None, None] * (height * width)).flatten(0, 1)
         yield from index.split(step)
 
 
-def _take(sources: list[Tensor], index: Tensor, heads: int) -> list[Tensor]:
-    """Query, key and value of windows [N, L]: three of [N, L, heads, head_dim]."""
-    taken = [x.index_select(0, index.flatten()).view(*index.shape, -1) for x in sources]
-    if len(taken) == 1:
-        taken = list(taken[0].chunk(3, -1))
-    return [x.unflatten(-1, (heads, -1)) for x in taken]
+def _take(sources: list[Tensor], index: Tensor, query: Tensor) -> list[Tensor]:
+    """Rows of windows [N, L], those of a projection as three: each [N, L, heads, head_dim]."""
+    taken = (x.index_select(0, index.flatten()) for x in sources)
+    return [part for x in taken for part in x.view(*index.shape, -1, *query.shape[3:]).unbind(2)]
 
 
 def _put(rows: Tensor, run: Run, index: Tensor, x: Tensor) -> None:
@@ -136,25 +136,20 @@ def _forward(
         return out
     partition = _partition(query, window_size, shift_size, semantics)
     masks = _masks(partition, bias, query)
-    (batch, height, width, heads, _), rows = query.shape, _rows(out)
-    sources, scale = _sources(query, key, value), scale if factor is None else 1.0
+    rows, sources = _rows(out), _sources(query, key, value)
+    scale = scale if factor is None else 1.0
     for run in partition.runs:
         mask = None if masks is None else masks[run.kind : run.kind + 1]
-        for index in _parts(run, batch, height * width, 3 * rows.shape[1]):
-            q, k, v = _take(sources, index, heads)
-            _fill(run, pad, q, k, v)
+        for index in _parts(run, query):
+            taken = _take(sources, index, query)
+            _fill(run, pad, *taken)
+            q, k, v = (x.transpose(1, 2) for x in taken)
             if factor is not None:
-                q, k = _cosine(q, k, factor)
-            q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+                q, k = (F.normalize(x.to(factor.dtype).contiguous(), dim=-1) for x in (q, k))
+                q, k = ((q * factor[:, None, None]).to(v.dtype), k.to(v.dtype))
             attended = F.scaled_dot_product_attention(q, k, v, mask, scale=scale)
             _put(rows, run, index, attended.transpose(1, 2))
     return out
-
-
-def _cosine(query: Tensor, key: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
-    """Queries and keys whose dot products are cosines times the heads' factors."""
-    q, k = (F.normalize(x.to(factor.dtype), dim=-1) for x in (query, key))
-    return (q * factor[:, None]).to(query.dtype), k.to(key.dtype)
 
 
 def _backward(
@@ -181,66 +176,67 @@ def _backward(
     exact = torch.promote_types(query.dtype, torch.float32)
     partition = _partition(query, window_size, shift_size, semantics)
     masks = _masks(partition, bias, grad.new_empty(0, dtype=exact))
-    batch, height, width, heads, _ = query.shape
+    heads, length, scale = query.shape[3], len(partition.entry), scale if factor is None else 1.0
     sources, grads, outs = _sources(query, key, value), _rows(grad), [_rows(x) for x in found[:3]]
-    length = len(partition.entry)
-    scale = scale if factor is None else 1.0
     score_sum = None if bias is None else bias.new_zeros(heads, length, length)
     for run in partition.runs:
-        for index in _parts(run, batch, height * width, 3 * outs[0].shape[1]):
-            q, k, v = (x.to(exact) for x in _take(sources, index, heads))
-            g = grads.index_select(0, index.flatten()).to(exact).view(q.shape)
-            _fill(run, pad, q, k, v)
-            _fill(run, None, g)  # no output, no gradient
-            found_q, found_k, found_v = (torch.empty_like(g) for _ in range(3))
-            raw_q, raw_k = q, k
+        mask = None if masks is None else masks[run.kind]
+        for index in _parts(run, query):
+            taken = _take([*sources, grads], index, query)
+            _fill(run, pad, *taken[:3])
+            _fill(run, None, taken[3])  # no output, no gradient
+            q, k, v, g = (x.transpose(1, 2).to(exact).contiguous().flatten(0, 1) for x in taken)
             if factor is not None:
-                q, k = _cosine(q, k, factor)
-            of_heads = (x.unbind(2) for x in (q, k, v, g, found_q, found_k, found_v))
-            for head, (hq, hk, hv, hg, gq, gk, gv) in enumerate(zip(*of_heads, strict=True)):
-                weights = _weights(hq, hk, masks, run.kind, head, scale)
-                gv.copy_(torch.bmm(weights.mT, hg))
-                scores = torch.bmm(hg, hv.mT)
-                scores = torch._softmax_backward_data(scores, weights, -1, exact)
-                if score_sum is not None:
-                    score_sum[head] += scores.sum(0)
-                gq.copy_(torch.bmm(scores, hk))
-                gk.copy_(torch.bmm(scores.mT, hq))
+                units, norms = zip(*(_normalized(x) for x in (q, k)), strict=True)
+                factors = factor.repeat(len(index))[:, None, None]
+                q, k = units[0] * factors, units[1]
+
+            weights = _weights(q, k, mask, scale)
+            grad_v = torch.bmm(weights.mT, g)
+            scores = torch.bmm(g, v.mT)
+            torch._softmax_backward_data(scores, weights, -1, exact, grad_input=scores)
+            if score_sum is not None:
+                score_sum += scores.unflatten(0, (-1, heads)).sum(0)
+            scores *= scale
+            grad_q, grad_k = torch.bmm(scores, k), torch.bmm(scores.mT, q)
+
             if factor is not None:
-                grad_factor += (found_q * q).sum((0, 1, 3)) / factor
-                found_q *= factor[:, None]
-                found_q, found_k = _through_norm(found_q, raw_q), _through_norm(found_k, raw_k)
-            else:
-                found_q *= scale
-                found_k *= scale
+                grad_factor += (grad_q * units[0]).sum((1, 2)).unflatten(0, (-1, heads)).sum(0)
+                grad_q = _through_norm(grad_q * factors, units[0], norms[0])
+                grad_k = _through_norm(grad_k, units[1], norms[1])
+            windowed = [
+                x.unflatten(0, (-1, heads)).transpose(1, 2) for x in (grad_q, grad_k, grad_v)
+            ]
             if pad is not None and run.padded is not None:
-                for i, x in enumerate((found_k, found_v), 1):
-                    grad_pad[i] += x.index_select(1, run.padded).sum((0, 1))
-            for to, x in zip(outs, (found_q, found_k, found_v), strict=True):
+                for to, x in zip(grad_pad[1:], windowed[1:], strict=True):
+                    to += x.index_select(1, run.padded).sum((0, 1))
+            for to, x in zip(outs, windowed, strict=True):
                 _put(to, run, index, x.to(to.dtype))
     if score_sum is not None:
         grad_bias.flatten(1).index_add_(1, partition.entry.flatten(), score_sum.flatten(1))
     return found
 
 
-def _weights(
-    query: Tensor, key: Tensor, masks: Tensor | None, kind: int, head: int, scale: float
-) -> Tensor:
-    """Attention weights of one head, [N, L, L]."""
-    if masks is None:
+def _weights(query: Tensor, key: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """Attention weights [N * heads, L, L] under a mask [heads or 1, L, L]."""
+    if mask is None:
         scores = torch.bmm(query, key.mT).mul_(scale)
     else:
-        mask = masks[kind, head % masks.shape[1]]
-        scores = torch.baddbmm(mask, query, key.mT, alpha=scale)
+        scores = mask.repeat(len(query) // len(mask), 1, 1)
+        scores.baddbmm_(query, key.mT, alpha=scale)
     return torch.softmax(scores, -1, out=scores)
 
 
-def _through_norm(grad: Tensor, x: Tensor) -> Tensor:
-    """Gradient of what was divided by its norm along the last axis."""
-    norm = x.norm(dim=-1, keepdim=True)
-    unit = x / norm.clamp(min=1e-12)
-    along = (grad * unit).sum(-1, keepdim=True) * (norm >= 1e-12)
-    return (grad - unit * along) / norm.clamp(min=1e-12)
+def _normalized(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Vectors along the last axis divided by their norms, and the norms."""
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    return x / norm.clamp(min=_EPS), norm
+
+
+def _through_norm(grad: Tensor, unit: Tensor, norm: Tensor) -> Tensor:
+    """Gradient of what became ``unit``; below the least norm the divisor is a constant."""
+    along = (grad * unit).sum(-1, keepdim=True) * (norm >= _EPS)
+    return (grad - unit * along) / norm.clamp(min=_EPS)
 
 
 def _like(x: Tensor | None, query: Tensor) -> Tensor:
