@@ -66,7 +66,10 @@ def test_manifest(case):
     inner = model.model if row["api"] == "features" else model
     renames = entries()[row["entry"].partition(".")[0]]._RENAMES
     back = renames.to_authors(inner.state_dict())
-    assert {name: tuple(tensor.shape) for name, tensor in back.items()} == shapes
+    counters = {name for name in description["constants"] if name.endswith("num_batches_tracked")}
+    assert counters <= back.keys()  # of batch norms, in files but not among the tensors recorded
+    found = {name: tuple(tensor.shape) for name, tensor in back.items() if name not in counters}
+    assert found == shapes
 
 
 @pytest.mark.parametrize("case", FULL)
