@@ -16,6 +16,7 @@ from vitarium.tools import (
     bench_channel,
     bench_neighborhood,
     bench_neighborhood_parts,
+    bench_window,
 )
 
 Candidate = Callable[[dict[str, Tensor]], Tensor]
@@ -56,6 +57,7 @@ _CASES: dict[str, Callable[[bool], Sequence[Case]]] = {
     "neighborhood_mix": bench_neighborhood_parts.mix_cases,
     "channel": bench_channel.cases,
     "agent": bench_agent.cases,
+    "window": bench_window.cases,
 }
 
 

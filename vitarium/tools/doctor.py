@@ -134,6 +134,19 @@ def _routing(device: torch.device) -> dict[str, dict[str, Any]]:
     return {"7 x 7 regions (BiFormer)": call}
 
 
+def _window(device: torch.device) -> dict[str, dict[str, Any]]:
+    heads, window = 2, 7
+    query = torch.zeros(1, 2 * window, 2 * window, heads, 32, device=device)
+    plain = dict.fromkeys(("query", "key", "value"), query) | {"window_size": window}
+    bias = torch.zeros(heads, 2 * window - 1, 2 * window - 1, device=device)
+    shifted = plain | {"shift_size": window // 2, "bias": bias}
+    return {
+        "shifted, with position bias (Swin)": shifted,
+        "cosine form (SwinV2)": shifted | {"logit_scale": torch.zeros(heads, device=device)},
+        "without bias (DaViT)": plain,
+    }
+
+
 _CALLS: dict[str, Callable[[torch.device], dict[str, dict[str, Any]]]] = {
     "neighborhood": _neighborhood,
     "neighborhood_scores": _neighborhood_scores,
@@ -141,4 +154,5 @@ _CALLS: dict[str, Callable[[torch.device], dict[str, dict[str, Any]]]] = {
     "channel": _channel,
     "agent": _agent,
     "routing": _routing,
+    "window": _window,
 }

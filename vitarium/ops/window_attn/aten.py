@@ -25,7 +25,7 @@ from vitarium.ops.window_attn.windows import Partition, Run
 if TYPE_CHECKING:
     from vitarium.ops.window_attn.op import Call
 
-CHUNK = 1 << 19  # elements that are worked on at a time, so that they stay in cache
+CHUNK = 1 << 20  # elements that are worked on at a time, so that they stay in cache
 _EPS = 1e-12  # the least norm, of torch.nn.functional.normalize
 
 

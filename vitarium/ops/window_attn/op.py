@@ -51,10 +51,9 @@ def _prepare(
     window = _window(window_size, semantics, bias is not None)
     shift = _shift(shift_size, window)
     heads, head_dim = query.shape[3:]
-    exact = query.new_empty(0, dtype=torch.promote_types(query.dtype, torch.float32))
-    bias = _checks.parameter("bias", bias, (heads, 2 * window[0] - 1, 2 * window[1] - 1), exact)
+    bias = _exact("bias", bias, (heads, 2 * window[0] - 1, 2 * window[1] - 1), query)
     pad = _checks.parameter("pad", pad, (3, heads, head_dim), query)
-    logit_scale = _checks.parameter("logit_scale", logit_scale, (heads,), exact)
+    logit_scale = _exact("logit_scale", logit_scale, (heads,), query)
     if scale is not None and not isinstance(scale, (int, float)):
         raise ValueError(f"scale: expected a number, got {type(scale).__name__}")
     if scale is not None and logit_scale is not None:
@@ -83,6 +82,14 @@ def _window(value: Window, semantics: str, biased: bool) -> tuple[int, int]:
             f"window_size: expected numbers beside a bias or the authors' semantics, got {value!r}"
         )
     return 0 if found[0] is None else sizes[0], 0 if found[1] is None else sizes[1]
+
+
+def _exact(name: str, x: Tensor | None, shape: tuple[int, ...], query: Tensor) -> Tensor | None:
+    """Demand an optional parameter; half precision takes it in float32, unrounded."""
+    if x is None:
+        return None
+    _checks.parameter(name, x, shape, query)
+    return x.to(torch.float64 if query.dtype == torch.float64 else torch.float32)
 
 
 def _shift(value: int | tuple[int, int], window: tuple[int, int]) -> tuple[int, int]:

@@ -78,13 +78,16 @@ def run(call: Call) -> Tensor:
         for n, w, s in zip((height, width), window, shift, strict=True)
     )
     across = columns.position.shape[0]
-    order = torch.arange(rows.position.shape[0] * across, device=device)
-    i, j = order // across, order % across
-    row, column = rows.position[i][:, :, None], columns.position[j][:, None]
+    count, (wh, ww) = rows.position.shape[0] * across, window
+    # by index: merging axes of unknown sizes would compare them
+    order, inner = torch.arange(count, device=device), torch.arange(wh * ww, device=device)
+    at, place = (order // across)[:, None], inner // ww
+    beside, next_place = (order % across)[:, None], inner % ww
+    row, column = rows.position[at, place], columns.position[beside, next_place]
     inside = (row < height) & (column < width)
-    position = torch.where(inside, row * width + column, height * width).flatten(1)
-    region = (3 * rows.region[i][:, :, None] + columns.region[j][:, None]).flatten(1)
-    live = (rows.live[:, None] & columns.live).flatten()
+    position = torch.where(inside, row * width + column, height * width)
+    region = 3 * rows.region[at, place] + columns.region[beside, next_place]
+    live = rows.live[place] & columns.live[next_place]
 
     mask = torch.where(region[:, :, None] != region[:, None], windows.MASKED, 0.0)[:, None]
     if semantics in ("timm", "authors_padded"):
@@ -112,7 +115,6 @@ def run(call: Call) -> Tensor:
         attn_mask=mask.to(query.dtype).repeat(batch, 1, 1, 1),
         scale=scale,
     )
-    wh, ww = window
-    place = rows.number[:, None] * across + columns.number
-    place = (place * wh + rows.place[:, None]) * ww + columns.place
-    return out.transpose(1, 2).reshape(batch, position.numel(), *call.query.shape[3:])[:, place]
+    number = rows.number[:, None] * across + columns.number
+    out = out.transpose(1, 2).unflatten(0, (batch, count))
+    return out[:, number, rows.place[:, None] * ww + columns.place]
