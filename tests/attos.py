@@ -20,6 +20,11 @@ def smallest_side(name):
     return timm.get_pretrained_cfg(name).min_input_size[-1]
 
 
+def limits(name):
+    """What a model cannot do, as its family states it."""
+    return getattr(entries()[name], "_LIMITS", {}).get(name, ())
+
+
 def sizes(name):
     """Non-square, native, smallest; and, where any size will do, odd."""
     native, smallest = timm.get_pretrained_cfg(name).input_size[1:], smallest_side(name)
@@ -41,6 +46,13 @@ def image(size=SIZE, batch=1, channels=3):
 
 def map_sizes(model, size):
     return [tuple(math.ceil(n / i["reduction"]) for n in size) for i in model.feature_info]
+
+
+def as_map(model, x, size):
+    """Tokens [B, P + H * W, C] of the last map without class tokens, [B, H, W, C]; or a map."""
+    if x.ndim == 4:
+        return x
+    return x[:, model.num_prefix_tokens :].unflatten(1, map_sizes(model, size)[-1])
 
 
 def assert_same(actual, expected, tolerance=1e-5):

@@ -1,5 +1,6 @@
 """Every backbone family; importing this registers them with timm."""
 
+from vitarium.backbones.agent import *
 from vitarium.backbones.biformer import *
 from vitarium.backbones.dinat import *
 from vitarium.backbones.dinat_isotropic import *

@@ -261,12 +261,11 @@ class Backbone(nn.Module):
         if isinstance(kept[-1], Level):
             kept[-1].downsample = nn.Identity().train(self.training)
 
-    def _stage(self, index: int, x: Tensor) -> Tensor:
+    def _stage(self, index: int, x: Any) -> Any:
         """The map of a stage, from the map of the stage before or from the stem."""
         if index > 0:
             x = self.feature_stages[index - 1].downsample(x)
-        y: Tensor = self.feature_stages[index](x, self.grad_checkpointing)
-        return y
+        return self.feature_stages[index](x, self.grad_checkpointing)
 
     @staticmethod
     def _init_weights(module: nn.Module) -> None:
@@ -318,10 +317,23 @@ class Backbone(nn.Module):
         for fresh in (self.global_pool, self.head):
             fresh.train(self.training)
 
-    def _embed(self, image: Tensor) -> Tensor:
-        image = checked_image(image, self.in_chans, self.min_size, self.img_size)
-        x: Tensor = self.patch_embed(image)
-        return x
+    def _embed(self, image: Tensor) -> Any:
+        """What the first stage takes: a map, or whatever a family's own hooks pass on."""
+        return self.patch_embed(self._checked(image))
+
+    def _checked(self, image: Tensor) -> Tensor:
+        # FX finds what it shall not trace by the file in which a model's forward stands: here
+        return checked_image(image, self.in_chans, self.min_size, self.img_size)
+
+    def _map(self, x: Any) -> Tensor:
+        """The map [B, H, W, C] in what a stage returns."""
+        y: Tensor = x
+        return y
+
+    def _final(self, x: Any) -> Tensor:
+        """What `forward_features` returns, from what the last stage does."""
+        y: Tensor = self.norm(x)
+        return y
 
     def forward_intermediates(
         self,
@@ -355,17 +367,18 @@ class Backbone(nn.Module):
             raise ValueError(f"output_fmt: expected NCHW or NHWC, got {output_fmt!r}")
         count = len(self.feature_stages)
         taken = taken_indices(count, indices)
-        x = self._embed(x)
+        state = self._embed(x)
         maps = []
         for i in range(taken[-1] + 1 if stop_early else count):
-            x = self._stage(i, x)
+            state = self._stage(i, state)
             if i in taken:
-                normed = norm and self.feature_info[i]["num_chs"] == self.num_features
-                y = self.norm(x) if normed else x
+                y = self._map(state)
+                if norm and self.feature_info[i]["num_chs"] == self.num_features:
+                    y = self.norm(y)
                 maps.append(y.permute(0, 3, 1, 2).contiguous() if output_fmt == "NCHW" else y)
         if intermediates_only:
             return maps
-        return (self.norm(x) if i == count - 1 else x), maps
+        return (self._final(state) if i == count - 1 else self._map(state)), maps
 
     def prune_intermediate_layers(
         self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
@@ -391,10 +404,10 @@ class Backbone(nn.Module):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """[B, in_chans, H, W] -> the last stage's map, normalised, [B, H, W, num_features]."""
-        x = self._embed(x)
+        state = self._embed(x)
         for i in range(len(self.feature_stages)):
-            x = self._stage(i, x)
-        return self.norm(x)
+            state = self._stage(i, state)
+        return self._final(state)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Pool and classify; without the classifier if ``pre_logits``."""

@@ -1,0 +1,579 @@
+"""Agent Attention in DeiT, PVT, Swin and CSwin (Han et al., ECCV 2024, arXiv 2312.08874).
+
+Authors' code: LeapLabTHU/Agent-Attention, commit 207ce3e; no licence stated.
+
+A few agents, means of the queries, attend to all tokens; all tokens then attend to the agents. So
+attention over the whole map costs as much as attention in small windows. The hosts stand in
+`_hosts`; here is what is put into them. Any image size works: tables are made for ``img_size`` and
+resized on the fly for other maps, or for good by ``set_input_size``.
+
+Quirks:
+    - Agents are pooled from the projected queries, bias included, before heads are split; the
+      scale applies to both attentions.
+    - The bias of agents and positions is a sum: a table of 7 x 7 entries (``an_bias``,
+      ``na_bias``), resized bilinearly to the map whatever its size, plus one along the rows
+      (``ah_bias``, ``ha_bias``) and one along the columns (``aw_bias``, ``wa_bias``), which are
+      made for the map at ``img_size`` and resized linearly. In dense form there are more agents
+      than in the tables, which are resized bilinearly over the grid of agents too.
+    - A depthwise 3 x 3 convolution of the values is added before the output projection (called
+      ``get_v`` in CSwin).
+    - DeiT: the class token is a query and a key with biases of its own (``ac_bias``,
+      ``ca_bias``), but no agent is pooled from it and it gets no convolution. In
+      DeiT-B the last eight blocks have ordinary attention.
+    - PVT: no reduction of keys and values; a separate projection for queries.
+    - Swin: agents see the whole map, where there are any (``attn_type``: A for agents, B for
+      windows, M2 for two blocks with agents and the rest with windows). The authors' classifier
+      has windows of 56 tokens instead, which at 224 pixels is the same; their detector has none.
+    - The config called agent_pvt_b builds Agent-PVT-L.
+    - Numbers of agents are squares. The authors round their root down, and then fail.
+
+Shapes: B images, H x W tokens of the stage at hand, C channels, n agents. Tokens are [B, H, W, C].
+"""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+import torch.nn.functional as F
+from timm.layers import register_notrace_module
+from timm.models import generate_default_cfgs, resolve_pretrained_cfg
+from torch import Tensor, nn
+
+from vitarium.backbones._blocks import head_dim
+from vitarium.backbones._hosts import deit, pvt
+from vitarium.backbones._hosts.deit import DeiT
+from vitarium.backbones._hosts.pvt import PVT, DensePVT
+from vitarium.backbones._registry import Published, build, register, source_cfg
+from vitarium.checkpoints import Renames, Weight
+from vitarium.ops import _select, agent_attention
+
+__all__ = ["AgentDeiT", "AgentPVT"]
+
+Size = tuple[int, int]
+_Model = TypeVar("_Model", bound=nn.Module)
+
+# The tables along an axis: its place among theirs, for the agents' biases and the tokens'.
+_AXES = {"ah_bias": 3, "aw_bias": 4, "ha_bias": 2, "wa_bias": 3}
+
+
+class _Composed(NamedTuple):
+    """Biases of one map's size, and what they were composed from."""
+
+    key: tuple[Any, ...]
+    tables: list[weakref.ref[Tensor]]  # an id belongs to a table as long as that lives
+    agent_bias: Tensor
+    token_bias: Tensor
+
+
+_composed: weakref.WeakKeyDictionary[nn.Module, _Composed] = weakref.WeakKeyDictionary()
+
+
+class AgentBiases(nn.Module):
+    """Tables from which the biases of agents and tokens are composed for a map of any size.
+
+    Attributes:
+        agent_size: grid of the agents; it may be set to another than the tables have.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        num_agents: int,
+        size: Size,
+        class_token: bool = False,
+        **dd: Any,
+    ) -> None:
+        super().__init__()
+        side = math.isqrt(max(num_agents, 0))
+        if side < 1 or side**2 != num_agents:
+            raise ValueError(f"num_agents: expected squares, got {num_agents}")
+        self.num_heads = num_heads
+        self.head_dim = head_dim(dim, num_heads)
+        self.grid_size = self.agent_size = (side, side)
+        heads, n, (height, width) = num_heads, num_agents, size
+
+        def table(*shape: int) -> nn.Parameter:
+            return nn.Parameter(nn.init.trunc_normal_(torch.empty(shape, **dd), std=0.02))
+
+        self.an_bias, self.na_bias = table(heads, n, 7, 7), table(heads, n, 7, 7)
+        self.ah_bias, self.aw_bias = table(1, heads, n, height, 1), table(1, heads, n, 1, width)
+        self.ha_bias, self.wa_bias = table(1, heads, height, 1, n), table(1, heads, 1, width, n)
+        if class_token:
+            self.ac_bias, self.ca_bias = table(1, heads, n, 1), table(1, heads, 1, n)
+
+    def set_input_size(self, size: Size) -> None:
+        """Resize the tables along rows and columns linearly for a map of another size."""
+        for name, axis in _AXES.items():
+            old = getattr(self, name)
+            shape = list(old.shape)
+            shape[axis] = size[1 if "w" in name else 0]
+            table = resized(name, old.detach(), torch.Size(shape))
+            setattr(self, name, nn.Parameter(table, requires_grad=old.requires_grad))
+        _composed.pop(self, None)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        _composed.pop(self, None)  # tensors move without a new version
+        return super()._apply(*args, **kwargs)
+
+    def biases(self, size: Size, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """For agents [heads, n, P + H * W] and tokens [heads, P + H * W, n]; P class tokens.
+
+        In evaluation they are kept for the next call, as long as the tables stay what they are.
+        """
+        tables = [p for name, p in self.named_parameters(recurse=False) if name.endswith("_bias")]
+        trains = torch.is_grad_enabled() and any(p.requires_grad for p in tables)
+        # versions say whether values changed; tensors of inference mode have none
+        if self.training or trains or _select.is_tracing() or any(p.is_inference() for p in tables):
+            return self._compose(size, dtype)
+        key = (size, dtype, self.agent_size, [(id(p), p._version) for p in tables])
+        known = _composed.get(self)
+        if known is None or known.key != key or any(p() is None for p in known.tables):
+            with torch.inference_mode(False), torch.no_grad():
+                known = _Composed(
+                    key, [weakref.ref(p) for p in tables], *self._compose(size, dtype)
+                )
+            _composed[self] = known
+        return known.agent_bias, known.token_bias
+
+    def _compose(self, size: Size, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        agent = self._maps(self.an_bias, self.ah_bias[0, ..., 0], self.aw_bias[0, :, :, 0], size)
+        rows, columns = self.ha_bias[0, :, :, 0].mT, self.wa_bias[0, :, 0].mT
+        token = self._maps(self.na_bias, rows, columns, size)
+        if hasattr(self, "ac_bias"):
+            agent = torch.cat([self._regridded(self.ac_bias[0]), agent], 2)
+            token = torch.cat([self._regridded(self.ca_bias[0].mT), token], 2)
+        return agent.to(dtype), token.to(dtype).mT
+
+    def _maps(self, table: Tensor, rows: Tensor, columns: Tensor, size: Size) -> Tensor:
+        """[heads, n, 7, 7] + [heads, n, H'] + [heads, n, W'] -> [heads, n, H * W].
+
+        Resizing is linear and keeps the axes apart, so small tables go first, each by itself.
+        """
+        table, rows, columns = (self._regridded(x) for x in (table, rows, columns))
+        maps = F.interpolate(table, size, mode="bilinear")
+        rows = F.interpolate(rows, size[0], mode="linear")
+        columns = F.interpolate(columns, size[1], mode="linear")
+        return (maps + rows[..., None] + columns[..., None, :]).flatten(2)
+
+    def _regridded(self, x: Tensor) -> Tensor:
+        """A table [heads, agents, ...] for the agents that there are; at least in float32."""
+        x = x.to(torch.promote_types(x.dtype, torch.float32))
+        if self.agent_size == self.grid_size:
+            return x
+        grid = x.flatten(2).mT.unflatten(2, self.grid_size)
+        grid = F.interpolate(grid, self.agent_size, mode="bilinear")
+        return grid.flatten(2).mT.unflatten(2, x.shape[2:])
+
+
+def resized(name: str, table: Tensor, shape: torch.Size) -> Tensor:
+    """A table along an axis, one of `_AXES`, for a map of another size."""
+    axis = _AXES[name]
+    if table.shape == shape:
+        return table
+    x = table.to(torch.promote_types(table.dtype, torch.float32)).movedim(axis, -1)
+    x = F.interpolate(x.flatten(0, -2)[None], shape[axis], mode="linear")[0]
+    moved = [n for i, n in enumerate(shape) if i != axis]
+    return x.unflatten(0, moved).movedim(-1, axis).contiguous().to(table.dtype)
+
+
+def depthwise(dim: int, **dd: Any) -> nn.Conv2d:
+    """The convolution whose output is added to the attention's."""
+    return nn.Conv2d(dim, dim, 3, padding=1, groups=dim, **dd)
+
+
+def convolved(conv: nn.Conv2d, value: Tensor) -> Tensor:
+    """[B, H, W, heads, head_dim] -> [B, H, W, C]."""
+    y: Tensor = conv(value.flatten(3).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+    return y
+
+
+@register_notrace_module
+class AgentAttention(AgentBiases):
+    """Agent attention on a map, between projections; Swin's."""
+
+    def __init__(
+        self, dim: int, num_heads: int, num_agents: int, size: Size, proj_drop: float, **dd: Any
+    ) -> None:
+        super().__init__(dim, num_heads, num_agents, size, **dd)
+        self._add_projections(dim, dd)
+        self.proj = nn.Linear(dim, dim, **dd)
+        self.proj_drop = nn.Dropout(proj_drop)
+        self.dwc = depthwise(dim, **dd)
+
+    def _add_projections(self, dim: int, dd: dict[str, Any]) -> None:
+        self.qkv = nn.Linear(dim, 3 * dim, **dd)
+
+    def _projected(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Query, key and value, [B, H, W, heads, head_dim]."""
+        return self.qkv(x).unflatten(3, (3, self.num_heads, self.head_dim)).unbind(3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, H, W, C] -> [B, H, W, C]."""
+        query, key, value = self._projected(x)
+        biases = self.biases((x.shape[1], x.shape[2]), query.dtype)
+        out: Any = agent_attention(query, key, value, self.agent_size, *biases)
+        out = out.flatten(3) + convolved(self.dwc, value)
+        return self.proj_drop(self.proj(out))
+
+
+@register_notrace_module
+class SplitAgentAttention(AgentAttention):
+    """The same with a projection of its own for the queries; PVT's."""
+
+    def _add_projections(self, dim: int, dd: dict[str, Any]) -> None:
+        self.q = nn.Linear(dim, dim, **dd)
+        self.kv = nn.Linear(dim, 2 * dim, **dd)
+
+    def _projected(self, x: Tensor) -> tuple[Tensor, ...]:
+        heads = (self.num_heads, self.head_dim)
+        return self.q(x).unflatten(3, heads), *self.kv(x).unflatten(3, (2, *heads)).unbind(3)
+
+
+@register_notrace_module
+class TokenAgentAttention(AgentBiases):
+    """Agent attention on a class token and a map; DeiT's."""
+
+    def __init__(
+        self, dim: int, num_heads: int, num_agents: int, size: Size, proj_drop: float, **dd: Any
+    ) -> None:
+        super().__init__(dim, num_heads, num_agents, size, class_token=True, **dd)
+        self.qkv = nn.Linear(dim, 3 * dim, **dd)
+        self.proj = nn.Linear(dim, dim, **dd)
+        self.proj_drop = nn.Dropout(proj_drop)
+        self.dwc = depthwise(dim, **dd)
+
+    def forward(self, x: Tensor, size: Size) -> Tensor:
+        """[B, 1 + H * W, C] -> [B, 1 + H * W, C]."""
+        height, width = size
+        qkv = self.qkv(x).unflatten(2, (3, self.num_heads, self.head_dim))
+        first, rest = qkv.split([1, height * width], 1)
+        query, key, value = rest.unflatten(1, size).unbind(3)
+        biases = self.biases((height, width), query.dtype)
+        out: Any = agent_attention(
+            query, key, value, self.agent_size, *biases, prefix=first.unbind(2)
+        )
+        patches = out[1].flatten(3) + convolved(self.dwc, value)
+        tokens = torch.cat([out[0].flatten(2), patches.flatten(1, 2)], 1)
+        return self.proj_drop(self.proj(tokens))
+
+
+class AgentDeiT(DeiT):
+    """DeiT with agent attention in its first blocks.
+
+    Args:
+        num_agents: in every such block, a square.
+        num_agent_blocks: how many there are; None for all. The others have ordinary attention.
+        num_classes: and the arguments behind it are those of `DeiT`.
+
+    Raises:
+        ValueError: an argument outside of these.
+    """
+
+    def __init__(
+        self,
+        num_classes: int = 1000,
+        in_chans: int = 3,
+        global_pool: str = "token",
+        img_size: int | tuple[int, int] = 224,
+        patch_size: int = 16,
+        embed_dim: int = 384,
+        depth: int = 12,
+        num_heads: int = 6,
+        mlp_ratio: float = 4.0,
+        num_agents: int = 49,
+        num_agent_blocks: int | None = None,
+        drop_rate: float = 0.0,
+        proj_drop_rate: float = 0.0,
+        attn_drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        count = depth if num_agent_blocks is None else num_agent_blocks
+        if not 0 <= count <= depth:
+            raise ValueError(f"num_agent_blocks: expected 0 to {depth}, got {count}")
+
+        def mixer(*, stage: int, block: int, **about: Any) -> nn.Module | None:
+            del stage
+            if block >= count:
+                return None
+            return TokenAgentAttention(num_agents=num_agents, proj_drop=proj_drop_rate, **about)
+
+        super().__init__(
+            mixer,
+            num_classes,
+            in_chans,
+            global_pool,
+            img_size,
+            patch_size,
+            embed_dim,
+            depth,
+            num_heads,
+            mlp_ratio,
+            drop_rate,
+            proj_drop_rate,
+            attn_drop_rate,
+            drop_path_rate,
+            device,
+            dtype,
+        )
+
+
+class AgentPVT(PVT):
+    """PVT with agent attention in all blocks.
+
+    Args:
+        num_agents: of each stage, squares.
+        num_classes: and the arguments behind it are those of `PVT`.
+
+    Raises:
+        ValueError: an argument outside of these.
+    """
+
+    def __init__(
+        self,
+        num_classes: int = 1000,
+        in_chans: int = 3,
+        global_pool: str = "avg",
+        img_size: int | tuple[int, int] = 224,
+        embed_dims: Sequence[int] = (64, 128, 320, 512),
+        depths: Sequence[int] = (2, 2, 2, 2),
+        num_heads: Sequence[int] = (1, 2, 5, 8),
+        mlp_ratios: Sequence[float] = (8, 8, 4, 4),
+        num_agents: Sequence[int] = (9, 16, 49, 49),
+        drop_rate: float = 0.0,
+        proj_drop_rate: float = 0.0,
+        attn_drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        agents = per_stage(num_agents)
+
+        def mixer(*, stage: int, block: int, **about: Any) -> nn.Module:
+            del block
+            return SplitAgentAttention(num_agents=agents[stage], proj_drop=proj_drop_rate, **about)
+
+        super().__init__(
+            mixer,
+            num_classes,
+            in_chans,
+            global_pool,
+            img_size,
+            embed_dims,
+            depths,
+            num_heads,
+            mlp_ratios,
+            drop_rate,
+            proj_drop_rate,
+            attn_drop_rate,
+            drop_path_rate,
+            device,
+            dtype,
+        )
+
+
+def per_stage(num_agents: Sequence[int]) -> tuple[int, ...]:
+    """One number for each of four stages."""
+    if len(num_agents) != 4:
+        raise ValueError(f"num_agents: expected one per stage (4), got {tuple(num_agents)}")
+    return tuple(num_agents)
+
+
+_RENAMES = Renames(())  # the authors' names are ours
+
+
+def checkpoint_filter_fn(state_dict: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """An authors' state dict for ``model``: tables resized to its maps.
+
+    Those along rows and columns linearly, position embeddings bicubically, and from a square map.
+    """
+    expected = model.state_dict()
+    filtered = dict(state_dict)
+    for name, x in filtered.items():
+        shape = expected[name].shape if name in expected else x.shape
+        leaf = name.rpartition(".")[2]
+        if x.shape == shape or x.ndim != len(shape):
+            continue
+        if leaf in _AXES:
+            filtered[name] = resized(leaf, x, shape)
+        elif leaf.startswith("pos_embed"):
+            filtered[name] = _resized_positions(leaf, x, model)
+    return filtered
+
+
+def _resized_positions(leaf: str, table: Tensor, model: Any) -> Tensor:
+    if leaf == "pos_embed":
+        side = math.isqrt(table.shape[1] - 1)
+        return deit.resized_positions(table, (side, side), model.map_size)
+    side, new = math.isqrt(table.shape[1]), model.map_sizes[int(leaf[-1]) - 1]
+    return pvt.resized_positions(table, (side, side), new, "bicubic").flatten(1, 2)
+
+
+_CODE_LICENCE = "none stated"
+_README = "README of LeapLabTHU/Agent-Attention, 207ce3e"
+_FILES = {  # top-1, GFLOPs, and what the authors' cloud calls the file
+    "agent_deit_tiny.leaplab_in1k": (74.9, 1.2, "57e0904221824ee7b7af"),
+    "agent_deit_small.leaplab_in1k": (80.5, 4.4, "fdd43304372541db8ea7"),
+    "agent_deit_small.leaplab_in1k_448": (83.1, 17.7, "a228f86241c445f1969b"),
+    "agent_deit_base.leaplab_in1k": (82.0, 17.6, "5115f15fdd7e4ab58fbc"),
+    "agent_pvt_tiny.leaplab_in1k": (78.4, 2.0, "13fdf0e0a7c5498c934f"),
+    "agent_pvt_small.leaplab_in1k": (82.2, 4.0, "36b8be9a8863456685a3"),
+    "agent_pvt_medium.leaplab_in1k": (83.4, 7.0, "4d00ecacf18b45f9b88c"),
+    "agent_pvt_medium.leaplab_in1k_256": (83.8, 9.2, "654df734121643b19c52"),
+    "agent_pvt_large.leaplab_in1k": (83.7, 10.4, "040cfe0cfbbe4762ad09"),
+}
+_PUBLISHED = {
+    name: Published(top1=top1, gflops=gflops, source=_README)
+    for name, (top1, gflops, _) in _FILES.items()
+}
+_WEIGHTS = {
+    name: Weight(url=f"https://cloud.tsinghua.edu.cn/f/{file}/?dl=1", wrapper="model")
+    for name, (_, _, file) in _FILES.items()
+}
+_ORIGIN = "https://github.com/LeapLabTHU/Agent-Attention"
+_FIRST_CONV = {
+    "deit": "patch_embed.proj",
+    "pvt": "patch_embed1.proj",
+}
+
+
+def _cfg(name: str, side: int = 224, **kwargs: Any) -> dict[str, Any]:
+    """The rest is timm's default, and the authors': bicubic, ImageNet's mean and std."""
+    host = name.split("_")[1]
+    stride, smallest = (16, 16) if host == "deit" else (32, 32)
+    return {
+        **source_cfg(_WEIGHTS.get(name)),
+        "input_size": (3, side, side),
+        "min_input_size": (3, smallest, smallest),
+        "pool_size": (side // stride, side // stride),
+        "first_conv": _FIRST_CONV[host],
+        "classifier": "head",
+        "paper_ids": "arXiv:2312.08874",
+        "paper_name": "Agent Attention: On the Integration of Softmax and Linear Attention",
+        **kwargs,
+    }
+
+
+def _side(name: str) -> int:
+    """Of the images for which a file was trained, in pixels: what its name ends with, or 224."""
+    last = name.replace(".", "_").split("_")[-1]
+    sides = [word for word in name.replace(".", "_").split("_") if word.isdigit()]
+    return int(sides[-1]) if sides and last else 224
+
+
+_LIMITS = {"agent_pvt_atto": ("no final norm",)}
+_SMALL = {"num_classes": 10, "crop_pct": 1.0}
+_TOKENS = {"min_input_size": (3, 8, 8), "pool_size": (8, 8)}
+default_cfgs = generate_default_cfgs(
+    {
+        "agent_deit_atto.untrained": _cfg("agent_deit_atto.untrained", 64, **_SMALL, **_TOKENS),
+        "agent_pvt_atto.untrained": _cfg("agent_pvt_atto.untrained", 64, **_SMALL),
+        **{name: _cfg(name, _side(name), origin_url=_ORIGIN) for name in _FILES},
+    }
+)
+
+
+def _create(
+    model_cls: Callable[..., _Model], variant: str, pretrained: bool, **kwargs: Any
+) -> _Model:
+    """Tables are made for the size that the tag was trained at, unless the caller says another."""
+    cfg = resolve_pretrained_cfg(
+        variant, kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay")
+    )
+    feature_cfg = {"out_indices": 3 if model_cls is AgentDeiT else (0, 1, 2, 3)}
+    return build(
+        model_cls,
+        variant,
+        pretrained,
+        weights=_WEIGHTS,
+        filter_fn=checkpoint_filter_fn,
+        feature_cfg=feature_cfg,
+        **{"img_size": cfg.input_size[1:], **kwargs},
+    )
+
+
+@register
+def agent_deit_atto(pretrained: bool = False, **kwargs: Any) -> AgentDeiT:
+    """486,958 parameters (10 classes); ours, for tests and demos, on 64 x 64 pixels."""
+    args = {"patch_size": 8, "embed_dim": 96, "depth": 4, "num_heads": 3}
+    args |= {"num_agents": 9, "num_agent_blocks": 3}
+    return _create(AgentDeiT, "agent_deit_atto", pretrained, **{**args, **kwargs})
+
+
+@register
+def agent_deit_tiny(pretrained: bool = False, **kwargs: Any) -> AgentDeiT:
+    """6,015,640 parameters, 1.2 GFLOPs at 224 x 224, ImageNet-1k top-1 74.9 % (published)."""
+    args = {"embed_dim": 192, "num_heads": 3}
+    return _create(AgentDeiT, "agent_deit_tiny", pretrained, **{**args, **kwargs})
+
+
+@register
+def agent_deit_small(pretrained: bool = False, **kwargs: Any) -> AgentDeiT:
+    """22,647,112 parameters, 4.4 GFLOPs at 224 x 224, ImageNet-1k top-1 80.5 % (published)."""
+    return _create(AgentDeiT, "agent_deit_small", pretrained, **kwargs)
+
+
+@register
+def agent_deit_base(pretrained: bool = False, **kwargs: Any) -> AgentDeiT:
+    """87,204,904 parameters, 17.6 GFLOPs at 224 x 224, ImageNet-1k top-1 82.0 % (published)."""
+    args = {"embed_dim": 768, "num_heads": 12, "num_agents": 81, "num_agent_blocks": 4}
+    return _create(AgentDeiT, "agent_deit_base", pretrained, **{**args, **kwargs})
+
+
+@register
+def agent_pvt_atto(pretrained: bool = False, **kwargs: Any) -> AgentPVT:
+    """469,654 parameters (10 classes); ours, for tests and demos, on 64 x 64 pixels."""
+    args = {"embed_dims": (32, 64, 96, 128), "depths": (1, 1, 2, 1), "num_heads": (1, 2, 3, 4)}
+    args |= {"mlp_ratios": (4, 4, 2, 2), "num_agents": (4, 9, 16, 16)}
+    return _create(AgentPVT, "agent_pvt_atto", pretrained, **{**args, **kwargs})
+
+
+@register
+def agent_pvt_tiny(pretrained: bool = False, **kwargs: Any) -> AgentPVT:
+    """11,570,352 parameters, 2.0 GFLOPs at 224 x 224, ImageNet-1k top-1 78.4 % (published)."""
+    return _create(AgentPVT, "agent_pvt_tiny", pretrained, **kwargs)
+
+
+@register
+def agent_pvt_small(pretrained: bool = False, **kwargs: Any) -> AgentPVT:
+    """20,635,066 parameters, 4.0 GFLOPs at 224 x 224, ImageNet-1k top-1 82.2 % (published)."""
+    return _create(AgentPVT, "agent_pvt_small", pretrained, **{"depths": (3, 4, 6, 3), **kwargs})
+
+
+@register
+def agent_pvt_medium(pretrained: bool = False, **kwargs: Any) -> AgentPVT:
+    """35,921,746 parameters, 7.0 GFLOPs at 224 x 224, ImageNet-1k top-1 83.4 % (published)."""
+    return _create(AgentPVT, "agent_pvt_medium", pretrained, **{"depths": (3, 4, 18, 3), **kwargs})
+
+
+@register
+def agent_pvt_large(pretrained: bool = False, **kwargs: Any) -> AgentPVT:
+    """48,738,180 parameters, 10.4 GFLOPs at 224 x 224, ImageNet-1k top-1 83.7 % (published)."""
+    return _create(AgentPVT, "agent_pvt_large", pretrained, **{"depths": (3, 8, 27, 3), **kwargs})
+
+
+_DENSE_AGENTS = {
+    AgentPVT: (12, 16, 28, 28),
+}
+
+
+def dense_adapter(model: AgentPVT, task: str, out_indices: Sequence[int]) -> nn.Module:
+    """The authors' backbone of detection and of segmentation: more agents in every stage.
+
+    Args:
+        model: of a host that the authors have in dense form; it is not to be used further.
+        task: ``det`` or ``seg``.
+        out_indices: ascending indices of the stages whose maps are returned.
+    """
+    del task
+    for stage, side in zip(model.feature_stages, _DENSE_AGENTS[type(model)], strict=True):
+        for module in stage.modules():
+            if isinstance(module, AgentBiases):
+                module.agent_size = (side, side)
+    return DensePVT(model, out_indices)
