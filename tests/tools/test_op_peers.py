@@ -7,6 +7,7 @@ from vitarium.tools import bench, bench_ops
 from vitarium.tools.bench_channel import Channel
 from vitarium.tools.bench_neighborhood import Neighborhood, Shape
 from vitarium.tools.bench_neighborhood_parts import Mix, Scores
+from vitarium.tools.bench_window import Window
 
 
 @pytest.mark.parametrize("case", [Neighborhood, Scores, Mix])
@@ -18,6 +19,12 @@ def test_peers_compute_neighborhoods(case, dilation, monkeypatch):
 
 def test_peers_compute_channel_attention():
     check_peers(Channel(5, 9, 2, batch=3, head_dim=8))
+
+
+@pytest.mark.parametrize("cosine", [False, True])
+@pytest.mark.parametrize("shift", [0, 1])
+def test_peers_compute_window_attention(shift, cosine):
+    check_peers(Window(9, 14, 2, 4, shift, cosine, head_dim=8))
 
 
 def check_peers(shape):
