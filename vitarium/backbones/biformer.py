@@ -44,6 +44,7 @@ from timm.layers import (
     calculate_drop_path_rates,
     get_device_dtype,
     register_notrace_function,
+    register_notrace_module,
     to_ntuple,
 )
 from timm.models import checkpoint_seq, generate_default_cfgs
@@ -75,6 +76,7 @@ class Pointwise(nn.Conv2d):
         return F.linear(x, self.weight.flatten(1), self.bias)
 
 
+@register_notrace_module
 class TokenBatchNorm(nn.BatchNorm2d):
     """BatchNorm of [B, H, W, C]."""
 
@@ -374,9 +376,14 @@ class BiFormer(Backbone):
         blocks = r"^(?:downsample_layers|stages)\.(\d+)" if coarse else fine
         return {"stem": r"^downsample_layers\.0\.", "blocks": blocks}
 
+    @property
+    def patch_embed(self) -> nn.Module:  # type: ignore[override]
+        """The stem, [B, in_chans, H, W] -> [B, C, H / 4, W / 4]."""
+        stem: nn.Module = self.downsample_layers[0]
+        return stem
+
     def _embed(self, image: Tensor) -> Tensor:
-        image = checked_image(image, self.in_chans, self.min_size)
-        return tokens(self.downsample_layers[0](image))
+        return tokens(super()._embed(image))
 
     def _stage(self, index: int, x: Tensor) -> Tensor:
         if index > 0:
@@ -392,7 +399,6 @@ class BiFormer(Backbone):
         self.downsample_layers = kept
 
 
-@register_notrace_function  # which passes over names with an underscore
 def tokens(x: Tensor) -> Tensor:
     """[B, C, H, W] -> [B, H, W, C], contiguous."""
     return x.permute(0, 2, 3, 1).contiguous()

@@ -221,7 +221,7 @@ def _backward(
 
     The gradient of what is None has no elements.
     """
-    if len(query) == 0:
+    if query.shape[0] == 0:
         fakes = _fake_backward(grad, query, key, value, pad, out, sums, chosen, weights)
         return tuple(x.zero_() for x in fakes)
     height, width = query.shape[1:3]
@@ -284,7 +284,7 @@ def _fake_forward(
     *_: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     rows, columns = _axes(query, pad, num_regions)
-    shape = (len(query), rows.real * columns.real, topk)
+    shape = (query.shape[0], rows.real * columns.real, topk)
     return (
         value.new_empty(value.shape),
         query.new_empty(query.shape[:4], dtype=_exact(query.dtype)),
@@ -377,32 +377,38 @@ _attention = _dispatch.define(
 
 
 class _Tables(NamedTuple):
-    """Positions count along the map's rows; the one behind the last is padding."""
+    """Positions count along the map's rows; the one behind the last is padding.
 
-    position: Tensor  # [R, L]: position of each token of the regions
+    Every region has one token more than it should, which nobody attends to: torch traces sizes
+    that may be one only if they are.
+    """
+
+    position: Tensor  # [R, L + 1]: position of each token of the regions
+    counted: Tensor  # [R, L + 1]: which tokens count in a region's mean, 1 or 0
+    mask: Tensor  # [L + 1]: what is added to scores of keys
     slot: Tensor  # [H, W]: where the map's tokens are in the regions
-    real: Tensor  # [R, L]: which tokens count in a region's mean, 1 or 0
 
 
 def _tables(call: Call) -> _Tables:
     rows, columns = call.axes
     height, width = call.query.shape[1:3]
     device = call.query.device
-    row, column = (
-        torch.arange(cut.total, device=device)[:, None] * cut.size
-        + torch.arange(cut.size, device=device)
-        for cut in (rows, columns)
-    )
-    row, column = row[:, None, :, None], column[:, None, :]
-    real = ((row < height) & (column < width)).flatten(0, 1).flatten(1, 2)
-    position = (row * width + column).flatten(0, 1).flatten(1, 2)
-    position = position.where(real, height * width)
+    length = rows.size * columns.size
+    token = torch.arange(length + 1, device=device)
+    region = torch.arange(rows.total * columns.total, device=device)[:, None]
+    row = region // columns.total * rows.size + token // columns.size
+    column = region % columns.total * columns.size + token % columns.size
+    inside = token < length
+    real = (row < height) & (column < width) & inside
+    position = (row * width + column).where(real, height * width)
+    counted = real if call.pad is None else inside.expand_as(real)
+    mask = torch.zeros_like(token, dtype=call.query.dtype).masked_fill(~inside, -math.inf)
     row = torch.arange(height, device=device)[:, None]
     column = torch.arange(width, device=device)
     region = row // rows.size * columns.total + column // columns.size
-    slot = (region * rows.size + row % rows.size) * columns.size + column % columns.size
-    counted = torch.ones_like(real) if call.pad is not None else real
-    return _Tables(position, slot, counted.to(_exact(call.query.dtype)))
+    token = row % rows.size * columns.size + column % columns.size
+    exact = counted.to(_exact(call.query.dtype))
+    return _Tables(position, exact, mask, region * (length + 1) + token)
 
 
 def _taken(call: Call, index: int, tables: _Tables) -> Tensor:
@@ -415,7 +421,7 @@ def _taken(call: Call, index: int, tables: _Tables) -> Tensor:
 
 def _routed(call: Call, query: Tensor, key: Tensor, tables: _Tables) -> tuple[Tensor, Tensor]:
     """Chosen regions, [B, R, topk], and their weights in soft routing."""
-    share = (tables.real / tables.real.sum(1, keepdim=True))[..., None]
+    share = (tables.counted / tables.counted.sum(1, keepdim=True))[..., None]
     queries, keys = ((x * share).sum(2) for x in (query, key))
     if not call.diff_routing:
         queries, keys = queries.detach(), keys.detach()
@@ -439,6 +445,7 @@ def _traced(call: Call) -> Tensor:
         x.unflatten(2, (heads, x.shape[2] // heads)).transpose(1, 2)
         for x in (query.flatten(0, 1), key.flatten(1, 2), value.flatten(1, 2))
     )
-    out = F.scaled_dot_product_attention(q, k, v, scale=call.scale)
+    mask = tables.mask.repeat(call.topk).expand(1, 1, 1, -1)
+    out = F.scaled_dot_product_attention(q, k, v, mask, scale=call.scale)
     out = out.transpose(1, 2).reshape(batch, -1, heads, v.shape[3])
     return out[:, tables.slot]
