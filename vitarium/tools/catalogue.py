@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
-from types import ModuleType
+from types import FunctionType, ModuleType
 from typing import Any
 
 import timm
@@ -124,10 +124,14 @@ def _gflops(model: Any, cfg: PretrainedCfg) -> float:
 
 
 def _ops(module: Any) -> set[str]:
-    """Our ops that a module's own ``forward`` names."""
-    forward = type(module).forward
-    names = (forward.__globals__.get(name) for name in forward.__code__.co_names)
-    return {fn.op_name for fn in names if hasattr(fn, "op_name")}
+    """Our ops that a module's methods name."""
+    found = set()
+    for kind in type(module).__mro__:
+        for method in vars(kind).values():
+            if isinstance(method, FunctionType):
+                names = (method.__globals__.get(name) for name in method.__code__.co_names)
+                found |= {fn.op_name for fn in names if hasattr(fn, "op_name")}
+    return found
 
 
 def _source(weight: Weight | None) -> dict[str, Any]:
