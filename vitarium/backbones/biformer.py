@@ -112,7 +112,7 @@ class RoutingAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, H, W, C] -> [B, H, W, C]."""
-        qkv = self.qkv["qkv"]
+        qkv: Any = self.qkv["qkv"]
         pad = qkv.bias.reshape(3, self.num_heads, self.head_dim)  # a zero token, projected
         return self.proj_drop(self.wo(self._attend(qkv(x), pad)))
 
@@ -515,7 +515,12 @@ def _cfg(name: str, min_size: int = BiFormer.min_size, **kwargs: Any) -> dict[st
     }
 
 
-_SMALL = {"num_classes": 10, "input_size": (3, 64, 64), "pool_size": (2, 2), "crop_pct": 1.0}
+_SMALL: dict[str, Any] = {
+    "num_classes": 10,
+    "input_size": (3, 64, 64),
+    "pool_size": (2, 2),
+    "crop_pct": 1.0,
+}
 default_cfgs = generate_default_cfgs(
     {
         "biformer_atto.untrained": _cfg("biformer_atto.untrained", **_SMALL),

@@ -16,6 +16,7 @@ from vitarium.tools import (
     bench_channel,
     bench_neighborhood,
     bench_neighborhood_parts,
+    bench_routing,
     bench_window,
 )
 
@@ -58,6 +59,11 @@ _CASES: dict[str, Callable[[bool], Sequence[Case]]] = {
     "channel": bench_channel.cases,
     "agent": bench_agent.cases,
     "window": bench_window.cases,
+    "routing": bench_routing.cases,
+}
+# What an op does for a whole model: rows and verdicts, given the console and the rounds.
+_MODELS: dict[str, Callable[[Console, int], tuple[list[dict[str, Any]], list[list[str]]]]] = {
+    "routing": bench_routing.training_steps,
 }
 
 
@@ -79,6 +85,10 @@ def measure(
                         _show(console, found)
                         verdicts.append(_verdict(case, found))
                         rows += found
+            if name in _MODELS and not quick:
+                found, judged = _MODELS[name](console, rounds)
+                rows += found
+                verdicts += judged
     columns = ["", "best peer", "best peer / ours", "goal", ""]
     bench.show(console, "Best peer over ours, `auto`", columns, verdicts)
     return rows

@@ -1,0 +1,275 @@
+"""Routing attention as one would write it without this package: the benchmark's peers.
+
+Peers complete maps, cut them into regions and route as the authors do; they differ in how they
+get the chosen keys and values. `training_steps` puts them into a whole model.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Any
+from unittest.mock import patch
+
+import timm
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from torch import Tensor
+
+from vitarium.backbones import biformer
+from vitarium.ops import routing_attention
+from vitarium.tools import bench
+
+_Inputs = dict[str, Tensor]
+_Candidate = Callable[[_Inputs], Tensor]
+
+OURS, GATHER, SELECT = "vitarium", "torch.gather + softmax", "index_select + SDPA"
+
+
+def _cut(x: Tensor, fill: Tensor, num_regions: int) -> Tensor:
+    """[B, H, W, heads, head_dim] -> [B, R, L, heads, head_dim], completed with ``fill``."""
+    batch, height, width = x.shape[:3]
+    below, right = -height % num_regions, -width % num_regions
+    if right:
+        x = torch.cat([x, fill.expand(batch, height, right, -1, -1)], 2)
+    if below:
+        x = torch.cat([x, fill.expand(batch, below, width + right, -1, -1)], 1)
+    x = x.unflatten(2, (num_regions, -1)).unflatten(1, (num_regions, -1)).transpose(2, 3)
+    return x.flatten(3, 4).flatten(1, 2)
+
+
+def _gathered(x: Tensor, chosen: Tensor) -> Tensor:
+    """Chosen regions [B, R, topk * L, heads, head_dim] by `torch.gather`, as the authors do."""
+    count = x.shape[1]
+    index = chosen[..., None, None, None].expand(-1, -1, -1, *x.shape[2:])
+    return x[:, None].expand(-1, count, -1, -1, -1, -1).gather(2, index).flatten(2, 3)
+
+
+def _selected(x: Tensor, chosen: Tensor) -> Tensor:
+    """The same by `torch.index_select`."""
+    batch, count = x.shape[:2]
+    near = chosen + torch.arange(batch)[:, None, None] * count
+    taken = x.flatten(0, 1).index_select(0, near.flatten())
+    return taken.unflatten(0, chosen.shape).flatten(2, 3)
+
+
+def _softmax(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    return ((query * scale) @ key.mT).softmax(-1) @ value
+
+
+def _sdpa(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    q, k, v = (x.flatten(0, 1) for x in (query, key, value))
+    return F.scaled_dot_product_attention(q, k, v, scale=scale).unflatten(0, query.shape[:2])
+
+
+def peer(
+    taken: Callable[[Tensor, Tensor], Tensor], attend: Callable[..., Tensor]
+) -> Callable[..., Tensor]:
+    """A function with `routing_attention`'s arguments, ``pad`` given."""
+
+    def routed(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        num_regions: int,
+        topk: int,
+        scale: float,
+        pad: Tensor,
+    ) -> Tensor:
+        height, width = query.shape[1:3]
+        q, k, v = (
+            _cut(x, fill, num_regions) for x, fill in zip((query, key, value), pad, strict=True)
+        )
+        with torch.no_grad():
+            scores = q.mean(2).flatten(2) @ k.mean(2).flatten(2).mT
+            chosen = scores.topk(topk).indices
+        maps = (x.transpose(2, 3) for x in (q, taken(k, chosen), taken(v, chosen)))
+        out = attend(*maps, scale).transpose(2, 3)
+        rows = -(-height // num_regions)
+        out = out.unflatten(2, (rows, -1)).unflatten(1, (num_regions, -1)).transpose(2, 3)
+        return out.flatten(3, 4).flatten(1, 2)[:, :height, :width]
+
+    return routed
+
+
+_OPS: dict[str, Callable[..., Tensor]] = {
+    OURS: routing_attention,
+    GATHER: peer(_gathered, _softmax),
+    SELECT: peer(_selected, _sdpa),
+}
+
+
+@dataclass(frozen=True)
+class Routing:
+    """Maps batch x height x width with heads of head_dim channels, and their regions."""
+
+    height: int
+    width: int
+    heads: int
+    topk: int
+    num_regions: int = 7
+    goals: dict[str, float] = field(default_factory=dict)
+    batch: int = 4
+    head_dim: int = 32
+    biases: tuple[bool, ...] = (False,)
+    op: str = "routing"
+
+    @property
+    def title(self) -> str:
+        return (
+            f"{self.height}x{self.width} x {self.heads} heads, "
+            f"{self.topk} of {self.num_regions} x {self.num_regions} regions"
+        )
+
+    @property
+    def _args(self) -> dict[str, Any]:
+        scale = (self.heads * self.head_dim) ** -0.5
+        return {"num_regions": self.num_regions, "topk": self.topk, "scale": scale}
+
+    def inputs(self, biased: bool) -> _Inputs:
+        del biased
+        torch.manual_seed(0)
+        shape = (self.batch, self.height, self.width, 3, self.heads, self.head_dim)
+        # strided like a model's: three views of one projection
+        inputs = dict(zip(("query", "key", "value"), torch.randn(shape).unbind(3), strict=True))
+        inputs["pad"] = torch.randn(3, self.heads, self.head_dim)
+        return {name: x.detach().requires_grad_() for name, x in inputs.items()}
+
+    def oracle(self, inputs: _Inputs) -> Tensor:
+        exact = {name: x.double() for name, x in inputs.items()}
+        return routing_attention(**exact, **self._args, impl="reference")
+
+    def candidates(self, biased: bool, backward: bool) -> dict[str, _Candidate | str]:
+        del biased
+
+        def candidate(function: Callable[..., Tensor]) -> _Candidate:
+            return lambda inputs: function(**inputs, **self._args)
+
+        found: dict[str, _Candidate | str] = {n: candidate(f) for n, f in _OPS.items()}
+        channels = self.heads * self.head_dim
+        expanded = self.batch * self.num_regions**2 * self.height * self.width * channels / 2**28
+        if backward and expanded > 1:
+            found[GATHER] = f"its gradient takes {expanded:.1f} GiB for the keys alone"
+        return found
+
+
+def cases(quick: bool) -> list[Routing]:
+    """BiFormer's maps at 224 pixels, and at 800 x 1216; the smallest if quick."""
+    goals = dict.fromkeys(("forward", "forward+backward"), 1.0)
+    smallest = Routing(14, 14, 8, 16, goals=goals)
+    if quick:
+        return [smallest]
+    found = [Routing(56, 56, 2, 1, goals=goals), Routing(28, 28, 4, 4, goals=goals), smallest]
+    for size in ((200, 304, 2, 1), (100, 152, 4, 4), (50, 76, 8, 16)):
+        found += [Routing(*size, regions, goals, batch=1) for regions in (7, 16)]
+    return found
+
+
+_SIZE = (800, 1216)
+_MODEL = "biformer_tiny"
+_GOALS = {"ms": ("time", 2.0), "peak_mib": ("peak memory", 3.0)}
+_NEEDED = {7: 9.0, 16: 13.0}  # GiB, for the largest of the candidates
+
+
+def training_steps(
+    console: Console, rounds: int, size: tuple[int, int] = _SIZE, model: str = _MODEL
+) -> tuple[list[dict[str, Any]], list[list[str]]]:
+    """Training steps of a whole model, with our op and with the peers in its place.
+
+    Candidates take turns: one step under the memory profiler, then at most two that are timed.
+    ``max_error`` is the largest difference of logits from our model's, over their deviation.
+
+    Returns:
+        Rows as `vitarium bench ops` has them, and a verdict for each goal.
+    """
+    rows: list[dict[str, Any]] = []
+    verdicts = []
+    for num_regions, needed in _NEEDED.items():
+        title = f"{model} {size[0]}x{size[1]}, {num_regions} x {num_regions} regions"
+        head: dict[str, Any] = {"op": "routing", "case": title, "pass": "training step"}
+        found = [
+            {**head, "implementation": name, "ms": None, "over_ours": None}
+            | {"peak_mib": None, "max_error": None, "note": ""}
+            for name in _OPS
+        ]
+        free = _free_gib()
+        if size == _SIZE and free is not None and free < needed:
+            for row in found:
+                row["note"] = f"needs {needed:g} GiB of memory, {free:.1f} are free"
+        else:
+            _measure_steps(found, model, size, num_regions, min(rounds, 2))
+            for key, (what, goal) in _GOALS.items():
+                ratio = found[1][key] / found[0][key]
+                met = "met" if ratio >= goal else "MISSED"
+                verdicts.append(
+                    [f"{title}, training, {what}", GATHER, f"{ratio:.2f}", f">= {goal:g}", met]
+                )
+        rows += found
+        table = [
+            [
+                row["implementation"],
+                f"{row['ms'] / 1e3:.2f}",
+                f"{row['over_ours']:.2f}",
+                f"{row['peak_mib']:.0f}",
+                f"{row['peak_mib'] / found[0]['peak_mib']:.2f}",
+                f"{row['max_error']:.0e}",
+            ]
+            for row in found
+            if row["ms"] is not None
+        ]
+        columns = ["", "s", "x ours", "peak extra MiB", "x ours", "max error"]
+        bench.show(console, f"{title}, training step", columns, table)
+        for row in found:
+            if row["note"]:
+                console.print(f"  not run: {row['implementation']}: {row['note']}")
+    return rows, verdicts
+
+
+def _measure_steps(
+    rows: list[dict[str, Any]], name: str, size: tuple[int, int], num_regions: int, rounds: int
+) -> None:
+    torch.manual_seed(0)
+    model: Any = timm.create_model(name, num_regions=num_regions).train()
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.eval()  # as the authors train detectors: a batch of one has no statistics
+    image = torch.randn(1, 3, *size)
+    probe = torch.randn(1, model.num_classes)
+    logits: dict[str, Tensor] = {}
+    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+    times: dict[str, list[float]] = {row["implementation"]: [] for row in rows}
+
+    def step(candidate: str) -> None:
+        model.zero_grad()
+        with patch.object(biformer, "routing_attention", _OPS[candidate]):
+            out = model(image)
+        logits[candidate] = out.detach()
+        (out * probe).sum().backward()
+
+    for row in rows:
+        row["peak_mib"] = round(bench.peak_memory(partial(step, row["implementation"])), 2)
+    for _ in range(rounds):
+        for candidate, found in times.items():
+            start = clock()
+            step(candidate)
+            found.append(clock() - start)
+    for row in rows:
+        candidate = row["implementation"]
+        row["ms"] = round(median(times[candidate]) * 1e3, 1)
+        row["over_ours"] = round(row["ms"] / rows[0]["ms"], 3)
+        error = (logits[candidate] - logits[OURS]).abs().max() / logits[OURS].std()
+        row["max_error"] = float(error)
+
+
+def _free_gib() -> float | None:
+    """Memory that is free or can be freed; None where the system does not tell."""
+    file = Path("/proc/meminfo")
+    if not file.exists():
+        return None
+    found = dict(line.split(":") for line in file.read_text().splitlines())
+    return int(found["MemAvailable"].split()[0]) / 2**20
