@@ -1,0 +1,631 @@
+"""timm's own Swin, SwinV2 and DaViT with our ops inside: `use_ops`, and ``fused_*`` entries.
+
+Papers: Swin (Liu et al., ICCV 2021, arXiv 2103.14030), SwinV2 (Liu et al., CVPR 2022, arXiv
+2111.09883), DaViT (Ding et al., ECCV 2022, arXiv 2204.03645). Authors' code:
+microsoft/Swin-Transformer, commit f82860b; SwinTransformer/Swin-Transformer-Object-Detection,
+commit c7b2011; dingmyu/davit, commit fc79470; all MIT licence.
+
+The networks are timm's classes, with timm's names of parameters, tags and weights. Their blocks
+roll, pad, cut, mask and put together again around each attention; ours do not. Every entry takes
+images of any size from 32 x 32 pixels on, without ``img_size``, which only says for which maps
+windows are clamped and tables made.
+
+Quirks:
+    - timm clamps windows and shifts per axis, once, when a block is built; it rolls a map before
+      it pads it. The authors' classifiers clamp both axes by the shorter one and cannot pad; at
+      the square sizes of the released weights both are the same function.
+    - The authors' detectors never clamp, shift even a single window, and pad before they roll.
+      That is what `dense_adapter` builds. SwinV2 has no published detector; its dense form here
+      has the same windows as Swin's.
+    - The authors downsample at the end of a stage, timm at the beginning of the next one.
+    - SwinV2's table of coordinates is float32, whatever the dtype of the model.
+    - DaViT normalises after pooling. Its classifier's form and its detector are one function
+      apart from the norms of the maps.
+    - ``fused_davit_*_fl`` are the image towers of Florence-2, whose channel attention is another.
+
+Shapes: B images, H x W tokens of the stage at hand, C channels. Tokens are [B, H, W, C].
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, TypeVar
+
+import timm
+from timm.layers import get_device_dtype, resize_rel_pos_bias_table
+from timm.models import (
+    PretrainedCfg,
+    davit,
+    generate_default_cfgs,
+    get_arch_pretrained_cfgs,
+    model_entrypoint,
+    swin_transformer,
+    swin_transformer_v2,
+)
+from torch import Tensor, nn
+
+from vitarium.backbones import _fused_blocks as blocks
+from vitarium.backbones._blocks import _POOLS, Backbone, checked_image, refuse_attention_dropout
+from vitarium.backbones._registry import Published, build, register
+from vitarium.checkpoints import Renames, Weight
+
+__all__ = ["FusedDaVit", "FusedSwin", "FusedSwinV2"]
+
+_Model = TypeVar("_Model", bound=nn.Module)
+
+
+# timm's blocks and ours
+
+
+_BLOCKS: dict[type, type] = {
+    swin_transformer.SwinTransformerBlock: blocks.FusedSwinBlock,
+    swin_transformer_v2.SwinTransformerV2Block: blocks.FusedSwinV2Block,
+    davit.SpatialBlock: blocks.FusedSpatialBlock,
+    davit.ChannelBlock: blocks.FusedChannelBlock,
+}
+_ATTENTIONS: dict[type, tuple[type, str]] = {
+    swin_transformer.WindowAttention: (blocks.FusedSwinAttention, "window"),
+    swin_transformer_v2.WindowAttention: (blocks.FusedSwinV2Attention, "window"),
+    davit.WindowAttention: (blocks.FusedDaVitWindowAttention, "window"),
+    davit.ChannelAttention: (blocks.FusedChannelAttention, "channel"),
+    davit.ChannelAttentionV2: (blocks.FusedChannelAttentionV2, "channel"),
+}
+_BETWEEN: dict[type, type] = {
+    timm.layers.PatchEmbed: blocks.AnySizePatches,
+    swin_transformer.PatchMerging: blocks.AnySizeMerging,
+    swin_transformer_v2.PatchMerging: blocks.AnySizeMergingV2,
+    davit.Stem: blocks.AnySizeStem,
+    davit.Downsample: blocks.AnySizeDownsample,
+}
+_TIMMS = {
+    **{ours: theirs for theirs, ours in _BETWEEN.items()},
+    **{ours: theirs for theirs, ours in _BLOCKS.items()},
+    **{ours: theirs for theirs, (ours, _) in _ATTENTIONS.items()},
+}
+_OPS = dict(_ATTENTIONS.values())
+_EXPECTED = "a Swin, SwinV2 or DaViT of timm, built of timm's own blocks"
+
+
+@dataclass(frozen=True)
+class UsedOps:
+    """What of a model runs with our ops.
+
+    Attributes:
+        blocks: names of the blocks, and the op that each one calls.
+    """
+
+    blocks: Mapping[str, str]
+
+    def __str__(self) -> str:
+        counts = Counter(self.blocks.values())
+        ops = ", ".join(f"{count} with {op} attention" for op, count in counts.items())
+        return f"{len(self.blocks)} blocks run with vitarium's ops" + (f": {ops}" if ops else "")
+
+
+def use_ops(model: _Model, inplace: bool = False) -> _Model:
+    """Put our ops into a Swin, SwinV2 or DaViT of timm, wherever in ``model`` it is.
+
+    What the model computes stays the same, at every size; parameters, their names, buffers,
+    hooks, modes and settings stay what and where they are. `used_ops` says what was replaced,
+    and `restore` undoes it. Blocks that are ours already stay as they are. An attention module
+    gets maps [B, H, W, C] from now on in the place of windows, and so do its hooks.
+
+    >>> model = use_ops(timm.create_model("swin_tiny_patch4_window7_224"))
+    >>> print(used_ops(model))
+    12 blocks run with vitarium's ops: 12 with window attention
+
+    Args:
+        model: a model of timm, or one that holds such a model.
+        inplace: change ``model`` itself instead of a deep copy.
+
+    Returns:
+        The model, or its changed copy.
+
+    Raises:
+        ValueError: a block that differs from timm's, a dropout of attention weights, or no block
+            at all; ``model`` is untouched.
+    """
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model: expected {_EXPECTED}, got {type(model).__name__}")
+    found, ours = _timms_blocks(model), used_ops(model).blocks
+    if not found and not ours:
+        raise ValueError(f"model: expected {_EXPECTED}, got {type(model).__name__} without any")
+    if not inplace:
+        model = deepcopy(model)
+    for name in found:
+        block: Any = model.get_submodule(name)
+        block.attn.__class__ = _ATTENTIONS[type(block.attn)][0]
+        block.__class__ = _BLOCKS[type(block)]
+    return model
+
+
+def restore(model: _Model) -> _Model:
+    """Undo `use_ops`: every block is timm's again, in place.
+
+    Raises:
+        ValueError: blocks of a detector, whose windows timm's blocks do not have; ``model`` is
+            untouched.
+    """
+    ours = [module for module in model.modules() if type(module) in _TIMMS]
+    if any(getattr(module, "semantics", None) == "dense" for module in ours):
+        raise ValueError("model: expected windows as timm has them, got those of a detector")
+    for module in ours:
+        module.__class__ = _TIMMS[type(module)]
+    return model
+
+
+def used_ops(model: nn.Module) -> UsedOps:
+    """What of ``model`` runs with our ops, by `use_ops` or as one of our entries."""
+    modules: Any = model.named_modules()
+    return UsedOps(
+        {name: _OPS[type(block.attn)] for name, block in modules if type(block) in _BLOCKS.values()}
+    )
+
+
+def _timms_blocks(model: nn.Module) -> list[str]:
+    """Names of the blocks to replace, if all attention of their kind can be."""
+    found, owned = [], set()
+    modules: Any = model.named_modules()
+    for name, module in modules:
+        if not isinstance(module, (*_BLOCKS, *_ATTENTIONS)) or type(module) in _TIMMS:
+            continue
+        if id(module) in owned:
+            continue
+        why = _unfit(module)
+        if why is not None:
+            raise ValueError(f"model: expected {_EXPECTED}, got {name or 'a block'} {why}")
+        found.append(name)
+        block: Any = module
+        owned.add(id(block.attn))
+    return found
+
+
+def _unfit(block: Any) -> str | None:
+    """Why a module is no block of timm that we know, or None."""
+    if type(block) not in _BLOCKS:
+        return f"of type {type(block).__module__}.{type(block).__qualname__}"
+    attn = block.attn
+    if type(attn) not in _ATTENTIONS:
+        return f"with attention of type {type(attn).__module__}.{type(attn).__qualname__}"
+    if type(attn.qkv) is not nn.Linear:
+        return f"with a projection of type {type(attn.qkv).__qualname__}"
+    if block.mlp is None:
+        return "without an MLP"
+    if {"forward", "_attn"} & {*vars(block), *vars(attn)}:
+        return "with a forward method of its own"
+    dropout = getattr(attn, "attn_drop", nn.Identity())
+    if getattr(dropout, "p", 0.0):
+        return f"with attn_drop {dropout.p} (the ops have no dropout)"
+    passed_over = [dropout, getattr(attn, "softmax", dropout)]
+    if isinstance(block, swin_transformer_v2.SwinTransformerV2Block):
+        passed_over.append(attn.qkv)
+    if any(m._forward_hooks or m._forward_pre_hooks for m in passed_over):
+        return "with hooks on modules that our ops pass over (softmax, attn_drop, SwinV2's qkv)"
+    return None
+
+
+_Base: Any = nn.Module  # whose methods timm's class beside it has
+
+
+# Models: timm's, with the checks of arguments and the feature maps that all our models have
+
+
+class _Entry(_Base):
+    """What our entries have beyond timm's classes; it stands before those among the bases."""
+
+    min_size: ClassVar[int] = 32  # pixels
+    stem_name: ClassVar[str] = "patch_embed"
+    stages_name: ClassVar[str] = "layers"
+    pools: ClassVar[tuple[str, ...]] = _POOLS
+    grad_checkpointing = False
+    output_fmt = "NHWC"
+
+    feature_stages: Any = Backbone.feature_stages
+    forward_intermediates: Any = Backbone.forward_intermediates
+    prune_intermediate_layers: Any = Backbone.prune_intermediate_layers
+    _map: Any = Backbone._map
+    _final: Any = Backbone._final
+
+    def _embed(self: Any, image: Tensor) -> Tensor:
+        stem = self.get_submodule(self.stem_name)
+        x: Tensor = stem(checked_image(image, self.in_chans, self.min_size))
+        return x
+
+    def _stage(self, index: int, x: Tensor) -> Tensor:
+        y: Tensor = self.feature_stages[index](x)
+        return y
+
+    def _keep_stages(self: Any, count: int) -> None:
+        kept = self.feature_stages[:count]
+        kept.training = self.training
+        setattr(self, self.stages_name, kept)
+        if hasattr(self, "_ref_window_sizes"):
+            self._ref_window_sizes = self._ref_window_sizes[:count]
+
+    def set_grad_checkpointing(self: Any, enable: bool = True) -> None:
+        """Recompute blocks in the backward pass instead of storing their intermediate values."""
+        super().set_grad_checkpointing(enable)
+        self.grad_checkpointing = enable
+
+    def reset_classifier(self: Any, num_classes: int, global_pool: str | None = None) -> None:
+        """Replace the classifier by a fresh one, and the pooling unless it is None."""
+        if global_pool is not None and global_pool not in self.pools:
+            raise ValueError(f"global_pool: expected one of {self.pools}, got {global_pool!r}")
+        super().reset_classifier(num_classes, global_pool)
+        self.head.train(self.training)
+
+    def forward_features(self: Any, x: Tensor) -> Tensor:
+        """[B, in_chans, H, W] -> the last stage's map, normalised, [B, H, W, num_features]."""
+        x = self._embed(x)
+        for i in range(len(self.feature_stages)):
+            x = self._stage(i, x)
+        y: Tensor = self._final(x)
+        return y
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        """[B, in_chans, H, W], no side below 32 -> logits [B, num_classes]."""
+        y: Tensor = self.forward_head(self.forward_features(x))
+        return y
+
+
+class FusedSwin(_Entry, swin_transformer.SwinTransformer):
+    """timm's Swin Transformer; the arguments are timm's."""
+
+
+class FusedSwinV2(_Entry, swin_transformer_v2.SwinTransformerV2):
+    """timm's Swin Transformer V2; the arguments are timm's."""
+
+
+class FusedDaVit(_Entry, davit.DaVit):  # type: ignore[misc]
+    """timm's DaViT; the arguments are timm's. Features are [B, H, W, C], other than timm's."""
+
+    stem_name = "stem"
+    stages_name = "stages"
+    pools = tuple(pool for pool in _POOLS if pool != "catavgmax")  # the norm takes one width
+
+    def no_weight_decay(self) -> set[str]:
+        """No names: nothing but vectors is kept from decay."""
+        return set()
+
+    @property
+    def norm(self) -> nn.Module:
+        """What acts on the last map: the identity, where the norm follows the pooling."""
+        return self.norm_pre
+
+    def _map(self, x: Tensor) -> Tensor:
+        return x.permute(0, 2, 3, 1)
+
+    def _final(self, x: Tensor) -> Tensor:
+        return self._map(self.norm_pre(x))
+
+    def prune_intermediate_layers(
+        self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """As `Backbone.prune_intermediate_layers`; the head's norm goes with the head."""
+        taken: list[int] = Backbone.prune_intermediate_layers(self, indices, prune_norm, prune_head)  # type: ignore[arg-type]
+        if prune_head:
+            davit.DaVit.reset_classifier(self, 0, "", reset_other=True)
+            self.head.train(self.training)
+        return taken
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Pool, normalise and classify [B, H, W, C]; without the classifier if ``pre_logits``."""
+        y: Tensor = super().forward_head(x.permute(0, 3, 1, 2), pre_logits)
+        return y
+
+
+# Checkpoints
+
+
+_RENAMES = Renames(
+    [
+        ("layers.{i}.downsample.", "layers.{i+1}.downsample."),
+        ("patch_embeds.0.proj.", "stem.conv."),
+        ("patch_embeds.0.norm.", "stem.norm."),
+        ("patch_embeds.{i}.proj.", "stages.{i}.downsample.conv."),
+        ("patch_embeds.{i}.norm.", "stages.{i}.downsample.norm."),
+        ("main_blocks.{i}.{j}.{k}.cpe.0.", "stages.{i}.blocks.{j}.{k}.cpe1."),
+        ("main_blocks.{i}.{j}.{k}.cpe.1.", "stages.{i}.blocks.{j}.{k}.cpe2."),
+        ("main_blocks.{i}.{j}.{k}.", "stages.{i}.blocks.{j}.{k}."),
+        ("norms.", "head.norm."),
+        ("head.weight", "head.fc.weight"),
+        ("head.bias", "head.fc.bias"),
+    ]
+)
+_STORED_BUFFERS = ("relative_position_index", "relative_coords_table", "attn_mask")
+_TABLE = ".relative_position_bias_table"
+
+
+def checkpoint_filter_fn(state_dict: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """A state dict of the authors, of timm or of Florence-2, for ``model``.
+
+    Buffers that the authors store are dropped. Position tables for other windows are resized, as
+    timm and the authors' detectors do it. Norms that checkpoints of another task do not hold keep
+    their values: those of a detector's maps, and the classifier's one for Florence-2.
+    """
+    own = model.state_dict()
+    found = {k: v for k, v in state_dict.items() if not k.endswith(_STORED_BUFFERS)}
+    absent: tuple[str, ...] = ()
+    if "vision_tower.convs.0.proj.weight" in found:
+        found, absent = davit.checkpoint_filter_fn(found, model), ("head.norm.",)
+    found = _RENAMES.to_ours(found, model)
+    if isinstance(model, DensePyramid) and {"norm.weight", "head.norm.weight"} & found.keys():
+        absent = tuple(f"norm{i}." for i in model.out_indices)
+    for name, table in found.items():
+        if name.endswith(_TABLE) and name in own and table.shape != own[name].shape:
+            window: Any = model.get_submodule(name.removesuffix(_TABLE)).window_size
+            found[name] = resize_rel_pos_bias_table(table, window, own[name].shape)
+    return {**{k: v for k, v in own.items() if absent and k.startswith(absent)}, **found}
+
+
+# The authors' form for detection and segmentation
+
+
+class DensePyramid(nn.Module):
+    """A norm for each map that is returned; stages get the un-normalised map before them.
+
+    Args:
+        model: gives its stem and stages; it is not to be used further.
+        out_indices: ascending indices of the stages whose maps are returned.
+    """
+
+    def __init__(self, model: Any, out_indices: Sequence[int]) -> None:
+        super().__init__()
+        dd = get_device_dtype(model)
+        model.prune_intermediate_layers(list(out_indices), prune_norm=True)
+        self.in_chans, self.min_size = model.in_chans, model.min_size
+        self.stem_name, self.stages_name = model.stem_name, model.stages_name
+        setattr(self, self.stem_name, getattr(model, self.stem_name))
+        setattr(self, self.stages_name, model.feature_stages)
+        self.out_indices = tuple(out_indices)
+        self.channels_last = isinstance(model, FusedDaVit)
+        for i in self.out_indices:
+            self.add_module(f"norm{i}", nn.LayerNorm(model.feature_info[i]["num_chs"], **dd))
+        for block in self.modules():
+            if isinstance(block, (blocks.FusedSwinBlock, blocks.FusedSwinV2Block)):
+                block.semantics = "dense"
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute blocks in the backward pass instead of storing their intermediate values."""
+        for stage in getattr(self, self.stages_name):
+            stage.grad_checkpointing = enable
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        """[B, in_chans, H, W] -> maps [B, C, H / stride, W / stride], sizes rounded up."""
+        stem = self.get_submodule(self.stem_name)
+        x = stem(checked_image(x, self.in_chans, self.min_size))
+        maps = []
+        for i, stage in enumerate(getattr(self, self.stages_name)):
+            x = stage(x)
+            if i in self.out_indices:
+                y = x.permute(0, 2, 3, 1) if self.channels_last else x
+                y = self.get_submodule(f"norm{i}")(y)
+                maps.append(y.permute(0, 3, 1, 2).contiguous())
+        return maps
+
+
+def dense_kwargs(entry: str, task: str, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The model's arguments in detection and segmentation (``task``), which are the same.
+
+    Args:
+        entry: the model's entry.
+        task: ``det`` or ``seg``.
+        kwargs: what the caller asks for, which counts more.
+    """
+    always = {} if entry.startswith("fused_davit") else {"always_partition": True}
+    return {**always, **kwargs}
+
+
+def dense_adapter(model: nn.Module, task: str, out_indices: Sequence[int]) -> DensePyramid:
+    """The authors' backbone of detection and of segmentation (``task``), which are the same."""
+    return DensePyramid(model, out_indices)
+
+
+# Entries: timm's, one by one
+
+
+_GOLDENS = ("davit", "swin", "swinv2")
+_CODE_LICENCE = "MIT"
+_SWIN = "README of microsoft/Swin-Transformer, f82860b"
+_DAVIT = "README of dingmyu/davit, fc79470"
+_FIGURES: dict[str, tuple[float, float, str]] = {
+    "swin_tiny_patch4_window7_224.ms_in1k": (81.2, 4.5, _SWIN),
+    "swin_tiny_patch4_window7_224.ms_in22k_ft_in1k": (80.9, 4.5, _SWIN),
+    "swin_small_patch4_window7_224.ms_in1k": (83.2, 8.7, _SWIN),
+    "swin_small_patch4_window7_224.ms_in22k_ft_in1k": (83.2, 8.7, _SWIN),
+    "swin_base_patch4_window7_224.ms_in1k": (83.5, 15.4, _SWIN),
+    "swin_base_patch4_window7_224.ms_in22k_ft_in1k": (85.2, 15.4, _SWIN),
+    "swin_base_patch4_window12_384.ms_in1k": (84.5, 47.1, _SWIN),
+    "swin_base_patch4_window12_384.ms_in22k_ft_in1k": (86.4, 47.1, _SWIN),
+    "swin_large_patch4_window7_224.ms_in22k_ft_in1k": (86.3, 34.5, _SWIN),
+    "swin_large_patch4_window12_384.ms_in22k_ft_in1k": (87.3, 103.9, _SWIN),
+    "swinv2_tiny_window8_256.ms_in1k": (81.8, 5.9, _SWIN),
+    "swinv2_tiny_window16_256.ms_in1k": (82.8, 6.6, _SWIN),
+    "swinv2_small_window8_256.ms_in1k": (83.7, 11.5, _SWIN),
+    "swinv2_small_window16_256.ms_in1k": (84.1, 12.6, _SWIN),
+    "swinv2_base_window8_256.ms_in1k": (84.2, 20.3, _SWIN),
+    "swinv2_base_window16_256.ms_in1k": (84.6, 21.8, _SWIN),
+    "swinv2_base_window12to16_192to256.ms_in22k_ft_in1k": (86.2, 21.8, _SWIN),
+    "swinv2_base_window12to24_192to384.ms_in22k_ft_in1k": (87.1, 54.7, _SWIN),
+    "swinv2_large_window12to16_192to256.ms_in22k_ft_in1k": (86.9, 47.5, _SWIN),
+    "swinv2_large_window12to24_192to384.ms_in22k_ft_in1k": (87.6, 115.4, _SWIN),
+    "davit_tiny.msft_in1k": (82.8, 4.5, _DAVIT),
+    "davit_small.msft_in1k": (84.2, 8.8, _DAVIT),
+    "davit_base.msft_in1k": (84.6, 15.5, _DAVIT),
+}
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """One of timm's modules whose models get our ops."""
+
+    module: Any
+    model: Any
+    facts: Mapping[str, Any]
+    atto: Mapping[str, Any]
+
+
+# What our entries cannot do, because timm's classes cannot: DaViT has no dropout in its blocks, and
+# its norm follows the pooling, stages are NCHW inside; Swin scales windows in set_input_size().
+_LIMITS = {
+    "fused_davit_atto": {"dropout", "norm before pooling", "catavgmax", "NHWC stages"},
+    "fused_swin_atto": {"windows of its own at another img_size"},
+    "fused_swinv2_atto": {"windows of its own at another img_size"},
+}
+
+_MICROSOFT = "https://github.com/microsoft/Swin-Transformer"
+_SMALL = {
+    "embed_dim": 32,
+    "depths": (2, 2, 2, 1),
+    "num_heads": (2, 4, 8, 16),
+    "window_size": 4,
+    "mlp_ratio": 2.0,
+    "drop_path_rate": 0.0,
+    "img_size": 64,
+}
+_DUAL = {"embed_dims": (24, 48, 96, 192), "depths": (1, 1, 1, 1), "num_heads": (1, 2, 4, 8)}
+_KINDS = {
+    "swin": _Kind(
+        swin_transformer,
+        FusedSwin,
+        {
+            "paper_ids": "arXiv:2103.14030",
+            "paper_name": "Swin Transformer: Hierarchical Vision Transformer using Shifted Windows",
+            "origin_url": _MICROSOFT,
+        },
+        _SMALL,
+    ),
+    "swinv2": _Kind(
+        swin_transformer_v2,
+        FusedSwinV2,
+        {
+            "paper_ids": "arXiv:2111.09883",
+            "paper_name": "Swin Transformer V2: Scaling Up Capacity and Resolution",
+            "origin_url": _MICROSOFT,
+        },
+        _SMALL,
+    ),
+    "davit": _Kind(
+        davit,
+        FusedDaVit,
+        {
+            "paper_ids": "arXiv:2204.03645",
+            "paper_name": "DaViT: Dual Attention Vision Transformers",
+            "origin_url": "https://github.com/dingmyu/davit",
+        },
+        {**_DUAL, "window_size": 4, "mlp_ratio": 2.0},
+    ),
+}
+
+
+def _cfg(name: str, kind: _Kind, cfg: PretrainedCfg) -> PretrainedCfg:
+    """Timm's description of a model and its weights, as it applies to ours."""
+    url = cfg.url or None
+    if cfg.hf_hub_id and url is None:
+        file = "pytorch_model.bin" if name.endswith("_florence2") else "model.safetensors"
+        url = f"https://huggingface.co/{cfg.hf_hub_id}/resolve/main/{file}"
+    return replace(
+        cfg,
+        url=url,
+        license=cfg.license if url else None,
+        fixed_input_size=False,
+        min_input_size=(3, _Entry.min_size, _Entry.min_size),
+        **kind.facts,
+    )
+
+
+def _create(
+    variant: str, kind: _Kind, timms: str | None, pretrained: bool = False, **kwargs: Any
+) -> nn.Module:
+    def create(**args: Any) -> nn.Module:
+        refuse_attention_dropout(args.get("attn_drop_rate", 0.0))
+        pools = kind.model.pools
+        if (pool := args.get("global_pool", "avg")) not in pools:
+            raise ValueError(f"global_pool: expected one of {pools}, got {pool!r}")
+        if kind.model is not FusedDaVit:
+            args = {"strict_img_size": False, **args}
+        if timms is None:
+            model = kind.model(**{**kind.atto, **args})
+            for module in model.modules():
+                if isinstance(module, nn.LayerNorm):
+                    nn.init.ones_(module.weight)  # SwinV2's are 0, and its blocks without effect
+        else:
+            model = model_entrypoint(timms)(**args)
+            model.__class__ = kind.model  # the same but for methods
+        for module in model.modules():
+            module.__class__ = _BETWEEN.get(type(module), type(module))
+        if kind.model is not FusedDaVit:
+            model.patch_embed.dynamic_img_pad = True  # to timm's class, should it come back
+        return use_ops(model, inplace=True)
+
+    return build(
+        create,
+        variant,
+        pretrained,
+        weights=_WEIGHTS,
+        filter_fn=checkpoint_filter_fn,
+        feature_cfg={"out_indices": (0, 1, 2, 3)},
+        **kwargs,
+    )
+
+
+def _entry(variant: str, kind: _Kind, timms: str | None) -> Callable[..., nn.Module]:
+    def entry(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+        return _create(variant, kind, timms, pretrained, **kwargs)
+
+    entry.__name__ = entry.__qualname__ = variant
+    if timms is None:
+        entry.__doc__ = "At most 1.5 M parameters (10 classes); ours, for tests, on 64 x 64 pixels."
+    else:
+        entry.__doc__ = f"timm's {timms} with our ops, timm's weights, and any size of images."
+    return entry
+
+
+_ENTRIES: dict[str, tuple[_Kind, str | None]] = {
+    f"fused_{name}": (kind, name)
+    for kind in _KINDS.values()
+    for name in timm.list_models(module=kind.module.__name__.rpartition(".")[2])
+}
+_TINY: dict[str, Any] = {
+    "num_classes": 10,
+    "input_size": (3, 64, 64),
+    "pool_size": (2, 2),
+    "crop_pct": 1.0,
+}
+_CFGS = {
+    f"{ours}.{cfg.tag or 'untrained'}": _cfg(full, kind, cfg)
+    for ours, (kind, name) in _ENTRIES.items()
+    for full, cfg in get_arch_pretrained_cfgs(name or "").items()
+}
+default_cfgs = generate_default_cfgs(
+    {
+        **_CFGS,
+        **{
+            f"fused_{name}_atto.untrained": replace(
+                _cfg("", kind, PretrainedCfg()),
+                first_conv="stem.conv" if name == "davit" else "patch_embed.proj",
+                classifier="head.fc",
+                **_TINY,
+                origin_url=None,
+            )
+            for name, kind in _KINDS.items()
+        },
+    }
+)
+_WEIGHTS = {
+    name: Weight(url=str(cfg.url), licence=cfg.license)
+    for name, cfg in _CFGS.items()
+    if cfg.license
+}
+_PUBLISHED = {
+    f"fused_{name}": Published(top1, gflops, source)
+    for name, (top1, gflops, source) in _FIGURES.items()
+}
+
+for _name, _kind in _KINDS.items():
+    _ENTRIES[f"fused_{_name}_atto"] = (_kind, None)
+for _variant, _of in _ENTRIES.items():
+    globals()[_variant] = register(_entry(_variant, *_of))
