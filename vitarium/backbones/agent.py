@@ -39,19 +39,22 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
-from timm.layers import register_notrace_module
+from timm.layers import register_notrace_module, resize_rel_pos_bias_table_simple
 from timm.models import generate_default_cfgs, resolve_pretrained_cfg
 from torch import Tensor, nn
 
+from vitarium.backbones import _blocks
 from vitarium.backbones._blocks import head_dim
-from vitarium.backbones._hosts import deit, pvt
+from vitarium.backbones._hosts import deit, pvt, swin
+from vitarium.backbones._hosts.cswin import CSwin
 from vitarium.backbones._hosts.deit import DeiT
 from vitarium.backbones._hosts.pvt import PVT, DensePVT
+from vitarium.backbones._hosts.swin import Swin
 from vitarium.backbones._registry import Published, build, register, source_cfg
 from vitarium.checkpoints import Renames, Weight
 from vitarium.ops import _select, agent_attention
 
-__all__ = ["AgentDeiT", "AgentPVT"]
+__all__ = ["AgentCSwin", "AgentDeiT", "AgentPVT", "AgentSwin"]
 
 Size = tuple[int, int]
 _Model = TypeVar("_Model", bound=nn.Module)
@@ -262,6 +265,23 @@ class TokenAgentAttention(AgentBiases):
         return self.proj_drop(self.proj(tokens))
 
 
+@register_notrace_module
+class InnerAgentAttention(AgentBiases):
+    """Agent attention on a map, without projections; CSwin's."""
+
+    def __init__(self, dim: int, num_heads: int, num_agents: int, size: Size, **dd: Any) -> None:
+        super().__init__(dim, num_heads, num_agents, size, **dd)
+        self.get_v = depthwise(dim, **dd)
+
+    def forward(self, qkv: Tensor) -> Tensor:
+        """[B, H, W, 3C] -> [B, H, W, C]."""
+        maps = qkv.unflatten(3, (3, self.num_heads, self.head_dim))
+        query, key, value = maps.unbind(3)
+        biases = self.biases((qkv.shape[1], qkv.shape[2]), query.dtype)
+        out: Any = agent_attention(query, key, value, self.agent_size, *biases)
+        return out.flatten(3) + convolved(self.get_v, value)
+
+
 class AgentDeiT(DeiT):
     """DeiT with agent attention in its first blocks.
 
@@ -378,6 +398,124 @@ class AgentPVT(PVT):
         )
 
 
+class AgentSwin(Swin):
+    """Swin with agent attention in the first blocks of its stages.
+
+    Args:
+        num_agents: of each stage, squares.
+        agent_depths: how many blocks of each stage have agents; the others have windows.
+        num_classes: and the arguments behind it are those of `Swin`.
+
+    Raises:
+        ValueError: an argument outside of these.
+    """
+
+    def __init__(
+        self,
+        num_classes: int = 1000,
+        in_chans: int = 3,
+        global_pool: str = "avg",
+        img_size: int | tuple[int, int] = 224,
+        embed_dim: int = 96,
+        depths: Sequence[int] = (2, 2, 6, 2),
+        num_heads: Sequence[int] = (3, 6, 12, 24),
+        window_size: int = 7,
+        mlp_ratio: float = 4.0,
+        num_agents: Sequence[int] = (9, 16, 49, 49),
+        agent_depths: Sequence[int] = (2, 2, 6, 0),
+        drop_rate: float = 0.0,
+        proj_drop_rate: float = 0.0,
+        attn_drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        agents, counts = per_stage(num_agents), checked_depths(agent_depths, depths)
+
+        def mixer(*, stage: int, block: int, **about: Any) -> nn.Module | None:
+            if block >= counts[stage]:
+                return None
+            return AgentAttention(num_agents=agents[stage], proj_drop=proj_drop_rate, **about)
+
+        super().__init__(
+            num_classes,
+            in_chans,
+            global_pool,
+            img_size,
+            embed_dim,
+            depths,
+            num_heads,
+            window_size,
+            mlp_ratio,
+            mixer,
+            drop_rate,
+            proj_drop_rate,
+            attn_drop_rate,
+            drop_path_rate,
+            device,
+            dtype,
+        )
+
+
+class AgentCSwin(CSwin):
+    """CSwin with agent attention in the first blocks of its stages.
+
+    Args:
+        num_agents: of each stage, squares.
+        agent_depths: how many blocks of each stage have agents; the others have stripes.
+        num_classes: and the arguments behind it are those of `CSwin`.
+
+    Raises:
+        ValueError: an argument outside of these.
+    """
+
+    def __init__(
+        self,
+        num_classes: int = 1000,
+        in_chans: int = 3,
+        global_pool: str = "avg",
+        img_size: int | tuple[int, int] = 224,
+        embed_dim: int = 64,
+        depths: Sequence[int] = (2, 4, 18, 1),
+        num_heads: Sequence[int] = (2, 4, 8, 16),
+        split_size: Sequence[int] = (1, 2, 7, 7),
+        mlp_ratio: float = 4.0,
+        num_agents: Sequence[int] = (9, 16, 49, 49),
+        agent_depths: Sequence[int] = (2, 4, 0, 0),
+        drop_rate: float = 0.0,
+        proj_drop_rate: float = 0.0,
+        attn_drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        agents, counts = per_stage(num_agents), checked_depths(agent_depths, depths)
+
+        def mixer(*, stage: int, block: int, **about: Any) -> nn.Module | None:
+            if block >= counts[stage]:
+                return None
+            return InnerAgentAttention(num_agents=agents[stage], **about)
+
+        super().__init__(
+            num_classes,
+            in_chans,
+            global_pool,
+            img_size,
+            embed_dim,
+            depths,
+            num_heads,
+            split_size,
+            mlp_ratio,
+            mixer,
+            drop_rate,
+            proj_drop_rate,
+            attn_drop_rate,
+            drop_path_rate,
+            device,
+            dtype,
+        )
+
+
 def per_stage(num_agents: Sequence[int]) -> tuple[int, ...]:
     """One number for each of four stages."""
     if len(num_agents) != 4:
@@ -385,16 +523,32 @@ def per_stage(num_agents: Sequence[int]) -> tuple[int, ...]:
     return tuple(num_agents)
 
 
+def checked_depths(agent_depths: Sequence[int], depths: Sequence[int]) -> tuple[int, ...]:
+    """Blocks with agents of each of four stages, no more than there are blocks."""
+    counts = tuple(agent_depths)
+    if len(counts) != len(depths) or any(
+        not 0 <= n <= d for n, d in zip(counts, depths, strict=True)
+    ):
+        raise ValueError(f"agent_depths: expected 0 to {tuple(depths)}, got {counts}")
+    return counts
+
+
 _RENAMES = Renames(())  # the authors' names are ours
 
 
-def checkpoint_filter_fn(state_dict: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """An authors' state dict for ``model``: tables resized to its maps.
+def _BUFFERS(model: nn.Module) -> dict[str, Tensor]:  # noqa: N802
+    """What the authors store beside parameters: indices and masks of Swin's windows."""
+    return swin.buffers(model) if isinstance(model, Swin) else {}
 
-    Those along rows and columns linearly, position embeddings bicubically, and from a square map.
+
+def checkpoint_filter_fn(state_dict: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """An authors' state dict for ``model``: tables resized to its maps, no buffers.
+
+    Tables along rows and columns linearly; those of windows, and position embeddings, which are
+    from a square map, bicubically.
     """
     expected = model.state_dict()
-    filtered = dict(state_dict)
+    filtered = _blocks.checkpoint_filter_fn(swin.without_buffers(dict(state_dict)), model)
     for name, x in filtered.items():
         shape = expected[name].shape if name in expected else x.shape
         leaf = name.rpartition(".")[2]
@@ -402,6 +556,11 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Tensor], model: nn.Module) -> 
             continue
         if leaf in _AXES:
             filtered[name] = resized(leaf, x, shape)
+        elif leaf == "relative_position_bias_table":
+            side = (math.isqrt(shape[0]) + 1) // 2
+            exact = x.to(torch.promote_types(x.dtype, torch.float32))
+            table = resize_rel_pos_bias_table_simple(exact, (side, side), tuple(shape))
+            filtered[name] = table.to(x.dtype)
         elif leaf.startswith("pos_embed"):
             filtered[name] = _resized_positions(leaf, x, model)
     return filtered
@@ -417,29 +576,40 @@ def _resized_positions(leaf: str, table: Tensor, model: Any) -> Tensor:
 
 _CODE_LICENCE = "none stated"
 _README = "README of LeapLabTHU/Agent-Attention, 207ce3e"
-_FILES = {  # top-1, GFLOPs, and what the authors' cloud calls the file
-    "agent_deit_tiny.leaplab_in1k": (74.9, 1.2, "57e0904221824ee7b7af"),
-    "agent_deit_small.leaplab_in1k": (80.5, 4.4, "fdd43304372541db8ea7"),
-    "agent_deit_small.leaplab_in1k_448": (83.1, 17.7, "a228f86241c445f1969b"),
-    "agent_deit_base.leaplab_in1k": (82.0, 17.6, "5115f15fdd7e4ab58fbc"),
-    "agent_pvt_tiny.leaplab_in1k": (78.4, 2.0, "13fdf0e0a7c5498c934f"),
-    "agent_pvt_small.leaplab_in1k": (82.2, 4.0, "36b8be9a8863456685a3"),
-    "agent_pvt_medium.leaplab_in1k": (83.4, 7.0, "4d00ecacf18b45f9b88c"),
-    "agent_pvt_medium.leaplab_in1k_256": (83.8, 9.2, "654df734121643b19c52"),
-    "agent_pvt_large.leaplab_in1k": (83.7, 10.4, "040cfe0cfbbe4762ad09"),
+_FILES = {  # pixels a side, top-1, GFLOPs, and what the authors' cloud calls the file
+    "agent_deit_tiny.leaplab_in1k": (224, 74.9, 1.2, "57e0904221824ee7b7af"),
+    "agent_deit_small.leaplab_in1k": (224, 80.5, 4.4, "fdd43304372541db8ea7"),
+    "agent_deit_small.leaplab_in1k_448": (448, 83.1, 17.7, "a228f86241c445f1969b"),
+    "agent_deit_base.leaplab_in1k": (224, 82.0, 17.6, "5115f15fdd7e4ab58fbc"),
+    "agent_pvt_tiny.leaplab_in1k": (224, 78.4, 2.0, "13fdf0e0a7c5498c934f"),
+    "agent_pvt_small.leaplab_in1k": (224, 82.2, 4.0, "36b8be9a8863456685a3"),
+    "agent_pvt_medium.leaplab_in1k": (224, 83.4, 7.0, "4d00ecacf18b45f9b88c"),
+    "agent_pvt_medium.leaplab_in1k_256": (256, 83.8, 9.2, "654df734121643b19c52"),
+    "agent_pvt_large.leaplab_in1k": (224, 83.7, 10.4, "040cfe0cfbbe4762ad09"),
+    "agent_swin_tiny.leaplab_in1k": (224, 82.6, 4.5, "a2ddc1190c224f768a41"),
+    "agent_swin_small.leaplab_in1k": (224, 83.7, 8.7, "f607172c9fea4d6e99bb"),
+    "agent_swin_small_288.leaplab_in1k": (288, 84.1, 14.6, "09760394e93b4046a25e"),
+    "agent_swin_base.leaplab_in1k": (224, 84.0, 15.4, "4fcd2d0114bb490483c3"),
+    "agent_swin_base_384.leaplab_in1k": (384, 84.9, 46.3, "bb84ee9058954706a557"),
+    "agent_cswin_tiny.leaplab_in1k": (224, 83.1, 4.3, "8c562a74441e46d5902b"),
+    "agent_cswin_small.leaplab_in1k": (224, 83.9, 6.8, "30eb8af675bc4b7a8747"),
+    "agent_cswin_base.leaplab_in1k": (224, 84.7, 14.9, "c8035b0839b2410c8c9f"),
+    "agent_cswin_base_384.leaplab_in1k": (384, 85.8, 46.3, "1239be0df44b47719432"),
 }
 _PUBLISHED = {
     name: Published(top1=top1, gflops=gflops, source=_README)
-    for name, (top1, gflops, _) in _FILES.items()
+    for name, (_, top1, gflops, _) in _FILES.items()
 }
 _WEIGHTS = {
     name: Weight(url=f"https://cloud.tsinghua.edu.cn/f/{file}/?dl=1", wrapper="model")
-    for name, (_, _, file) in _FILES.items()
+    for name, (*_, file) in _FILES.items()
 }
 _ORIGIN = "https://github.com/LeapLabTHU/Agent-Attention"
 _FIRST_CONV = {
     "deit": "patch_embed.proj",
     "pvt": "patch_embed1.proj",
+    "swin": "patch_embed.proj",
+    "cswin": "stage1_conv_embed.0",
 }
 
 
@@ -460,21 +630,20 @@ def _cfg(name: str, side: int = 224, **kwargs: Any) -> dict[str, Any]:
     }
 
 
-def _side(name: str) -> int:
-    """Of the images for which a file was trained, in pixels: what its name ends with, or 224."""
-    last = name.replace(".", "_").split("_")[-1]
-    sides = [word for word in name.replace(".", "_").split("_") if word.isdigit()]
-    return int(sides[-1]) if sides and last else 224
-
-
-_LIMITS = {"agent_pvt_atto": ("no final norm",)}
+_LIMITS = {
+    "agent_deit_atto": ("dense form",),
+    "agent_pvt_atto": ("no final norm",),
+    "agent_cswin_atto": ("dense form",),
+}
 _SMALL = {"num_classes": 10, "crop_pct": 1.0}
 _TOKENS = {"min_input_size": (3, 8, 8), "pool_size": (8, 8)}
 default_cfgs = generate_default_cfgs(
     {
         "agent_deit_atto.untrained": _cfg("agent_deit_atto.untrained", 64, **_SMALL, **_TOKENS),
         "agent_pvt_atto.untrained": _cfg("agent_pvt_atto.untrained", 64, **_SMALL),
-        **{name: _cfg(name, _side(name), origin_url=_ORIGIN) for name in _FILES},
+        "agent_swin_atto.untrained": _cfg("agent_swin_atto.untrained", 64, **_SMALL),
+        "agent_cswin_atto.untrained": _cfg("agent_cswin_atto.untrained", 64, **_SMALL),
+        **{name: _cfg(name, side, origin_url=_ORIGIN) for name, (side, *_) in _FILES.items()},
     }
 )
 
@@ -558,22 +727,117 @@ def agent_pvt_large(pretrained: bool = False, **kwargs: Any) -> AgentPVT:
     return _create(AgentPVT, "agent_pvt_large", pretrained, **{"depths": (3, 8, 27, 3), **kwargs})
 
 
-_DENSE_AGENTS = {
-    AgentPVT: (12, 16, 28, 28),
+@register
+def agent_swin_atto(pretrained: bool = False, **kwargs: Any) -> AgentSwin:
+    """659,222 parameters (10 classes); ours, for tests and demos, on 64 x 64 pixels."""
+    args = {"embed_dim": 24, "depths": (1, 1, 3, 1), "num_heads": (1, 2, 4, 8), "window_size": 3}
+    args |= {"mlp_ratio": 2.0, "num_agents": (4, 9, 16, 16), "agent_depths": (1, 1, 1, 0)}
+    return _create(AgentSwin, "agent_swin_atto", pretrained, **{**args, **kwargs})
+
+
+@register
+def agent_swin_tiny(pretrained: bool = False, **kwargs: Any) -> AgentSwin:
+    """28,902,964 parameters, 4.5 GFLOPs at 224 x 224, ImageNet-1k top-1 82.6 % (published)."""
+    return _create(AgentSwin, "agent_swin_tiny", pretrained, **kwargs)
+
+
+_SWIN_SMALL = {"depths": (2, 2, 18, 2), "agent_depths": (2, 2, 0, 0)}
+_SWIN_BASE = {
+    "embed_dim": 128,
+    "num_heads": (4, 8, 16, 32),
+    "depths": (2, 2, 18, 2),
+    "agent_depths": (2, 2, 2, 0),
 }
 
 
-def dense_adapter(model: AgentPVT, task: str, out_indices: Sequence[int]) -> nn.Module:
+@register
+def agent_swin_small(pretrained: bool = False, **kwargs: Any) -> AgentSwin:
+    """49,666,684 parameters, 8.7 GFLOPs at 224 x 224, ImageNet-1k top-1 83.7 % (published)."""
+    return _create(AgentSwin, "agent_swin_small", pretrained, **{**_SWIN_SMALL, **kwargs})
+
+
+@register
+def agent_swin_small_288(pretrained: bool = False, **kwargs: Any) -> AgentSwin:
+    """49,707,964 parameters, 14.6 GFLOPs at 288 x 288, ImageNet-1k top-1 84.1 % (published)."""
+    args = {**_SWIN_SMALL, "window_size": 9}
+    return _create(AgentSwin, "agent_swin_small_288", pretrained, **{**args, **kwargs})
+
+
+@register
+def agent_swin_base(pretrained: bool = False, **kwargs: Any) -> AgentSwin:
+    """88,095,096 parameters, 15.4 GFLOPs at 224 x 224, ImageNet-1k top-1 84.0 % (published)."""
+    return _create(AgentSwin, "agent_swin_base", pretrained, **{**_SWIN_BASE, **kwargs})
+
+
+@register
+def agent_swin_base_384(pretrained: bool = False, **kwargs: Any) -> AgentSwin:
+    """88,305,016 parameters, 46.3 GFLOPs at 384 x 384, ImageNet-1k top-1 84.9 % (published)."""
+    args = {**_SWIN_BASE, "window_size": 12}
+    return _create(AgentSwin, "agent_swin_base_384", pretrained, **{**args, **kwargs})
+
+
+@register
+def agent_cswin_atto(pretrained: bool = False, **kwargs: Any) -> AgentCSwin:
+    """703,270 parameters (10 classes); ours, for tests and demos, on 64 x 64 pixels."""
+    args = {"embed_dim": 24, "depths": (1, 1, 2, 1), "num_heads": (2, 2, 4, 4)}
+    args |= {"split_size": (1, 2, 3, 3), "mlp_ratio": 2.0}
+    args |= {"num_agents": (4, 9, 16, 16), "agent_depths": (1, 1, 0, 0)}
+    return _create(AgentCSwin, "agent_cswin_atto", pretrained, **{**args, **kwargs})
+
+
+_CSWIN_SMALL = {"depths": (3, 6, 29, 2), "agent_depths": (3, 6, 0, 0)}
+_CSWIN_BASE = {**_CSWIN_SMALL, "embed_dim": 96, "num_heads": (4, 8, 16, 32)}
+
+
+@register
+def agent_cswin_tiny(pretrained: bool = False, **kwargs: Any) -> AgentCSwin:
+    """20,458,672 parameters, 4.3 GFLOPs at 224 x 224, ImageNet-1k top-1 83.1 % (published)."""
+    return _create(AgentCSwin, "agent_cswin_tiny", pretrained, **kwargs)
+
+
+@register
+def agent_cswin_small(pretrained: bool = False, **kwargs: Any) -> AgentCSwin:
+    """32,814,100 parameters, 6.8 GFLOPs at 224 x 224, ImageNet-1k top-1 83.9 % (published)."""
+    return _create(AgentCSwin, "agent_cswin_small", pretrained, **{**_CSWIN_SMALL, **kwargs})
+
+
+@register
+def agent_cswin_base(pretrained: bool = False, **kwargs: Any) -> AgentCSwin:
+    """73,249,696 parameters, 14.9 GFLOPs at 224 x 224, ImageNet-1k top-1 84.7 % (published)."""
+    return _create(AgentCSwin, "agent_cswin_base", pretrained, **{**_CSWIN_BASE, **kwargs})
+
+
+@register
+def agent_cswin_base_384(pretrained: bool = False, **kwargs: Any) -> AgentCSwin:
+    """73,328,416 parameters, 46.3 GFLOPs at 384 x 384, ImageNet-1k top-1 85.8 % (published)."""
+    args = {**_CSWIN_BASE, "split_size": (1, 2, 12, 12)}
+    return _create(AgentCSwin, "agent_cswin_base_384", pretrained, **{**args, **kwargs})
+
+
+_PVT_AGENTS, _SWIN_AGENTS = (12, 16, 28, 28), (9, 12, 14, 7)  # a side, of each stage
+
+
+def dense_adapter(model: nn.Module, task: str, out_indices: Sequence[int]) -> nn.Module:
     """The authors' backbone of detection and of segmentation: more agents in every stage.
 
     Args:
-        model: of a host that the authors have in dense form; it is not to be used further.
-        task: ``det`` or ``seg``.
+        model: a PVT or a Swin, the hosts that the authors have in dense form; it is not to be
+            used further.
+        task: ``det`` or ``seg``: the same form.
         out_indices: ascending indices of the stages whose maps are returned.
+
+    Raises:
+        ValueError: a model on another host.
     """
-    del task
-    for stage, side in zip(model.feature_stages, _DENSE_AGENTS[type(model)], strict=True):
+    if not isinstance(model, (AgentPVT, AgentSwin)):
+        raise ValueError(
+            f"task: expected None, {type(model).__name__} has no form of its own, got {task!r}"
+        )
+    sides = _PVT_AGENTS if isinstance(model, AgentPVT) else _SWIN_AGENTS
+    for stage, side in zip(model.feature_stages, sides, strict=True):
         for module in stage.modules():
             if isinstance(module, AgentBiases):
                 module.agent_size = (side, side)
-    return DensePVT(model, out_indices)
+    if isinstance(model, AgentPVT):
+        return DensePVT(model, out_indices)
+    return swin.dense(model, out_indices)

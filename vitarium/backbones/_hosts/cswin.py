@@ -38,7 +38,6 @@ from torch import Tensor, nn
 
 from vitarium.backbones._blocks import (
     Backbone,
-    checked_image,
     checked_size,
     head_dim,
     refuse_attention_dropout,
@@ -267,7 +266,7 @@ class CSwin(Backbone):
         self._stage_count = count
 
     def _embed(self, image: Tensor) -> Tensor:
-        image = checked_image(image, self.in_chans, self.min_size)
+        image = self._checked(image)
         # so many zeros complete any image, and what is too much is no patch
         x: Tensor = self.stage1_conv_embed(F.pad(image, (0, 2, 0, 2)))
         return x
