@@ -549,9 +549,9 @@ def _create(
             args = {"strict_img_size": False, **args}
         if timms is None:
             model = kind.model(**{**kind.atto, **args})
-            for module in model.modules():
-                if isinstance(module, nn.LayerNorm):
-                    nn.init.ones_(module.weight)  # SwinV2's are 0, and its blocks without effect
+            for name, parameter in model.named_parameters():
+                if kind.model is FusedSwinV2 and name.endswith(("norm1.weight", "norm2.weight")):
+                    nn.init.constant_(parameter, 0.5)  # at 0, as SwinV2 begins, blocks do nothing
         else:
             model = model_entrypoint(timms)(**args)
             model.__class__ = kind.model  # the same but for methods
