@@ -37,15 +37,7 @@ def run(call: Call) -> Tensor:
         return _traced(call)
     chosen = weights = None
     if call.soft_routing:
-        tables = _tables(call)
-        query, key = (_taken(call, i, tables) for i in (0, 1))
-        rows, columns = call.axes
-        chosen, weights = (
-            x.unflatten(1, (rows.total, columns.total))[:, : rows.real, : columns.real].flatten(
-                1, 2
-            )
-            for x in _routed(call, query, key, tables)
-        )
+        chosen, weights = _soft(call)
     tensors = (call.query, call.key, call.value, call.pad, chosen, weights)
     out: Tensor = _attention(*tensors, call.num_regions, call.topk, call.scale)[0]
     return out
@@ -256,9 +248,8 @@ def _backward(
     grad_pad = _like(pad, query).zero_()
     if pad is not None:
         for i in (1, 2):
-            grad_pad[i] = found[i][:, height:].sum((0, 1, 2)) + found[i][:, :height, width:].sum(
-                (0, 1, 2)
-            )
+            below, right = found[i][:, height:], found[i][:, :height, width:]
+            grad_pad[i] = below.sum((0, 1, 2)) + right.sum((0, 1, 2))
     dims = (x.shape[4] for x in (query, key, value))
     maps = (
         x[:, :height, :width, :, :dim].to(query.dtype).contiguous()
@@ -427,6 +418,16 @@ def _routed(call: Call, query: Tensor, key: Tensor, tables: _Tables) -> tuple[Te
         queries, keys = queries.detach(), keys.detach()
     scores, chosen = torch.topk(queries @ keys.mT, call.topk)
     return chosen, (call.scale * scores).softmax(-1).to(query.dtype)
+
+
+def _soft(call: Call) -> tuple[Tensor, Tensor]:
+    """The same, of the regions that hold any real query."""
+    tables = _tables(call)
+    query, key = (_taken(call, i, tables) for i in (0, 1))
+    rows, columns = call.axes
+    found = (x.unflatten(1, (rows.total, columns.total)) for x in _routed(call, query, key, tables))
+    chosen, weights = (x[:, : rows.real, : columns.real].flatten(1, 2) for x in found)
+    return chosen, weights
 
 
 def _traced(call: Call) -> Tensor:
