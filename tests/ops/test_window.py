@@ -567,6 +567,13 @@ def test_export(semantics: str, cosine: bool) -> None:
     torch.testing.assert_close(program.module()(leaves), expected)
 
 
+def test_exported_native_sizes_copy_nothing_for_padding() -> None:
+    for size, padding in (((8, 12), False), ((8, 11), True)):
+        leaves = detached(inputs(size, 4))
+        program = torch.export.export(Attention(window_size=4), (leaves,))
+        assert padding == any("cat" in str(node.target) for node in program.graph.nodes)
+
+
 @pytest.mark.parametrize("semantics", ["timm", "dense"])
 def test_exported_for_any_size(semantics: str) -> None:
     """One program for maps that are padded, that are not, and that are smaller than a window."""

@@ -136,6 +136,8 @@ def _forward(
         return out
     partition = _partition(query, window_size, shift_size, semantics)
     masks = _masks(partition, bias, query)
+    if masks is not None and query.device.type != "cpu":
+        masks = masks.to(query.dtype)  # the CPU's kernel alone takes float32 beside half precision
     rows, sources = _rows(out), _sources(query, key, value)
     scale = scale if factor is None else 1.0
     for run in partition.runs:

@@ -64,10 +64,11 @@ def _axis(
 
 def run(call: Call) -> Tensor:
     """All windows in one call; a map of unknown size keeps the window that it was given."""
-    batch, height, width = call.query.shape[:3]
+    (batch, height, width), tail = call.query.shape[:3], call.query.shape[3:]
     device, semantics = call.query.device, call.semantics
     window, shift = call.window_size, call.shift_size
-    if semantics == "authors" or (isinstance(height, int) and isinstance(width, int)):
+    known = isinstance(height, int) and isinstance(width, int)
+    if known or semantics == "authors":
         window, shift = windows.clamped((height, width), window, shift, semantics)
     table = windows.full((height, width), call.window_size)
     window = windows.full((height, width), window)
@@ -86,20 +87,29 @@ def run(call: Call) -> Tensor:
     row, column = rows.position[at, place], columns.position[beside, next_place]
     inside = (row < height) & (column < width)
     position = torch.where(inside, row * width + column, height * width)
-    region = 3 * rows.region[at, place] + columns.region[beside, next_place]
-    live = rows.live[place] & columns.live[next_place]
 
-    mask = torch.where(region[:, :, None] != region[:, None], windows.MASKED, 0.0)[:, None]
-    if semantics in ("timm", "authors_padded"):
+    mask = None
+    alike = known and shift == (0, 0)
+    if not alike:
+        region = 3 * rows.region[at, place] + columns.region[beside, next_place]
+        mask = torch.where(region[:, :, None] != region[:, None], windows.MASKED, 0.0)[:, None]
+        live = rows.live[place] & columns.live[next_place]
         mask = mask.masked_fill(~live, float("-inf"))
     if call.bias is not None:
         entry = windows.entries(window, table, device)
-        mask = mask + call.bias.flatten(1)[:, entry]
-    pad = call.query.new_zeros(3, *call.query.shape[3:]) if call.pad is None else call.pad
-    query, key, value = (
-        torch.cat([x.flatten(1, 2), fill.expand(batch, 1, -1, -1)], 1)
-        for x, fill in zip((call.query, call.key, call.value), pad, strict=True)
-    )
+        bias = call.bias.flatten(1)[:, entry][None]
+        mask = bias if mask is None else mask + bias
+    if mask is not None:
+        mask = mask.to(call.query.dtype)
+        mask = mask if alike else mask.repeat(batch, 1, 1, 1)
+
+    query, key, value = (x.flatten(1, 2) for x in (call.query, call.key, call.value))
+    if not known or height % wh or width % ww:
+        pad = call.query.new_zeros(3, *tail) if call.pad is None else call.pad
+        query, key, value = (
+            torch.cat([x, fill.expand(batch, 1, -1, -1)], 1)
+            for x, fill in zip((query, key, value), pad, strict=True)
+        )
     scale = call.scale
     if call.factor is not None:
         scale, exact = 1.0, call.factor.dtype
@@ -108,13 +118,7 @@ def run(call: Call) -> Tensor:
         key = key.to(value.dtype)
     # images and windows share an axis: of five-dimensional attention inductor makes nonsense
     query, key, value = (x[:, position].flatten(0, 1).transpose(1, 2) for x in (query, key, value))
-    out = F.scaled_dot_product_attention(
-        query,
-        key,
-        value,
-        attn_mask=mask.to(query.dtype).repeat(batch, 1, 1, 1),
-        scale=scale,
-    )
+    out = F.scaled_dot_product_attention(query, key, value, mask, scale=scale)
     number = rows.number[:, None] * across + columns.number
     out = out.transpose(1, 2).unflatten(0, (batch, count))
     return out[:, number, rows.place[:, None] * ww + columns.place]
