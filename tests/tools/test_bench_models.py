@@ -7,6 +7,8 @@ import pytest
 import timm
 import torch
 from rich.console import Console
+from timm.layers import use_fused_attn
+from timm.models import swin_transformer
 from torch.utils.flop_counter import FlopCounterMode
 
 from vitarium.ops import use_impl
@@ -83,6 +85,34 @@ def test_gmacs_are_those_of_the_definition(models):
 def test_globs(models):
     _, _, _, rows = models("resnet1[08]", "nat_att?", "resnet18", "--sizes", "64", "--quick")
     assert [row["model"] for row in rows] == ["resnet18", ATTO]
+
+
+def test_timms_flag(models):
+    """Its fused attention is named beside its default one, and nothing of it stays."""
+    before = use_fused_attn(), use_fused_attn(experimental=True)
+    seen = []
+    built = swin_transformer.WindowAttention.forward
+
+    def forward(self, *args, **kwargs):
+        seen.append(self.fused_attn)
+        return built(self, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(swin_transformer.WindowAttention, "forward", forward)
+        status, _, _, rows = models(
+            *("swin_s3_tiny_224", "swin_s3_tiny_224+fused_attn", "resnet18+fused_attn"),
+            *("--sizes", "64", "--quick"),
+        )
+    assert status == 0
+    assert [row["model"] for row in rows] == [
+        "swin_s3_tiny_224", "swin_s3_tiny_224+fused_attn", "resnet18+fused_attn"
+    ]  # fmt: skip
+    assert {*seen} == {False, True}
+    assert all(float(row["infer_step_time"]) > 0 for row in rows[:2])
+    assert float(rows[0]["infer_gmacs"]) > 0
+    assert rows[0]["param_count"] == rows[1]["param_count"]
+    assert rows[2]["note"] == "expected attention that timm's flag fuses, resnet18 has none"
+    assert before == (use_fused_attn(), use_fused_attn(experimental=True))
 
 
 def test_one_that_cannot_says_why(models):
@@ -202,6 +232,9 @@ def row(model, size, ms, peak, **other):
 
 
 SWIN = "swin_tiny_patch4_window7_224"
+FUSED, FLAGGED = f"fused_{SWIN}", f"{SWIN}+fused_attn"
+EIGHT = {"infer_batch_size": 8}
+TRAINED = {"train_batch_size": 4, "train_img_size": "224"}
 FACTOR = 800 * 1216 / 224**2
 
 
@@ -213,6 +246,41 @@ FACTOR = 800 * 1216 / 224**2
         ([row("dinat_s_tiny", "224", 100, 9), row(SWIN, "224", 76, 9, compiled=True)], []),
         ([row("dinat_s_tiny", "224", 100, 9), row(SWIN, "224", None, None)], []),
         ([row("dinat_s_tiny", "224", 9, 9, threads=2), row(SWIN, "224", 9, 9, threads=2)], []),
+        (
+            [row(FUSED, "224", 70, 9, **EIGHT), row(SWIN, "224", 100, 10, **EIGHT)],
+            ["1.43 >= 1.4 met", "0.90 <= 1 met"],
+        ),
+        (
+            [
+                row(FUSED, "224", 93, 11, **EIGHT),
+                row(FLAGGED, "224", 100, 10, **EIGHT),
+                row(SWIN, "224", 120, 10, **EIGHT),
+            ],
+            ["1.29 >= 1.4 MISSED", "1.08 >= 1.08 MISSED", "1.10 <= 1 MISSED"],
+        ),
+        (
+            [
+                row(FUSED, "800x1216", 100, 9, compiled=True),
+                row(FLAGGED, "800x1216", 99, 9, compiled=True),
+                row(SWIN, "800x1216", 10, 9, compiled=True),
+            ],
+            ["0.99 >= 0.98 met"],
+        ),
+        ([row(FUSED, "224", 10, 9), row(SWIN, "224", 20, 10)], []),  # batch 8 is what counts
+        (
+            [
+                row(FUSED, "224", None, None, **TRAINED, train_samples_per_sec=5, train_peak_mib=8),
+                row(SWIN, "224", None, None, **TRAINED, train_samples_per_sec=4, train_peak_mib=9),
+            ],
+            ["1.25 >= 1 met", "0.89 <= 1 met"],
+        ),
+        (
+            [
+                row("fused_davit_tiny", "224", 100, 9, **EIGHT),
+                row("davit_tiny", "224", 109, 9, **EIGHT),
+            ],
+            ["1.09 >= 1.1 MISSED"],
+        ),
         (
             [
                 row("nat_tiny", "224", 100, 10),

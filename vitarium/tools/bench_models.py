@@ -1,7 +1,8 @@
 """``vitarium bench models``: whole networks side by side, ours and timm's.
 
-Weights and images are random: speed does not depend on them. Columns that timm's ``benchmark.py``
-has are named as there, so that results merge; those behind ``param_count`` are ours.
+Weights and images are random: speed does not depend on them. A name with ``+fused_attn``
+behind it is that model built as with TIMM_FUSED_ATTN=2. Columns that timm's ``benchmark.py`` has
+are named as there, so that results merge; those behind ``param_count`` are ours.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ import re
 import sys
 import time
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby, product
 from typing import Any
@@ -23,11 +25,13 @@ import torch._dynamo.config
 import torch.nn.functional as F
 from rich.console import Console
 from rich.progress import Progress
+from timm.layers import set_fused_attn, use_fused_attn
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from vitarium.tools import _common, bench, bench_report
 from vitarium.tools.bench import Row
+from vitarium.tools.bench_report import FLAG
 
 Key = tuple[str, bool, int, tuple[int, int]]  # model, compiled, batch size, image size
 
@@ -120,7 +124,7 @@ def measure(
         ValueError: an argument outside of what is possible here.
         KeyboardInterrupt: Ctrl-C; the message says which settings were not measured.
     """
-    names = _common.model_names(args.names or _DEFAULT)
+    names = _names(args.names or _DEFAULT)
     base = names[0] if args.base is None else args.base
     if base not in names:
         raise ValueError(f"--base: expected one of {', '.join(names)}, got {base!r}")
@@ -160,6 +164,33 @@ def measure(
     return list(rows.values())
 
 
+def _names(patterns: Sequence[str]) -> list[str]:
+    """What `_common.model_names` finds, with the flags as they were given."""
+    names: list[str] = []
+    for pattern in patterns:
+        plain, flag = _split(pattern)
+        names += [name + flag for name in _common.model_names([plain])]
+    return list(dict.fromkeys(names))
+
+
+def _split(name: str) -> tuple[str, str]:
+    """A model's name, and the flag behind it or nothing."""
+    plain = name.removesuffix(FLAG)
+    return plain, name[len(plain) :]
+
+
+@contextmanager
+def _flagged(flag: str) -> Iterator[None]:
+    """Build timm's models with the flag, if there is one, and leave timm as it was."""
+    before = {"enable": use_fused_attn(), "experimental": use_fused_attn(experimental=True)}
+    if flag:
+        set_fused_attn(True, experimental=True)
+    try:
+        yield
+    finally:
+        set_fused_attn(**before)
+
+
 def _settings(args: Namespace) -> list[Setting]:
     sizes = []
     for text in args.sizes:
@@ -187,10 +218,14 @@ def _warn(console: Console, load: float | None, run: Run) -> bool:
 
 def _network(name: str, size: tuple[int, int], run: Run) -> Network:
     """Build a model for a size and count what one image costs."""
+    plain, flag = _split(name)
     try:
-        model = timm.create_model(name)
-        if any("img_size" in inspect.signature(c).parameters for c in type(model).mro()):
-            model = timm.create_model(name, img_size=size)
+        with _flagged(flag):
+            model = timm.create_model(plain)
+            if any("img_size" in inspect.signature(c).parameters for c in type(model).mro()):
+                model = timm.create_model(plain, img_size=size)
+        if flag and not any(getattr(module, "fused_attn", False) for module in model.modules()):
+            raise ValueError(f"expected attention that timm's flag fuses, {plain} has none")
         model = run.placed(model).eval()
         image = run.placed(torch.randn(1, 3, *size))
         # with gradients: without, the counter fails on modules that take parameters as inputs
@@ -205,7 +240,7 @@ def _network(name: str, size: tuple[int, int], run: Run) -> Network:
 
 def _reason(error: Exception, name: str) -> str:
     """The first line of a refusal; an assertion of ours that fails is none, and raised again."""
-    ours = timm.model_entrypoint(name).__module__.startswith("vitarium.")
+    ours = timm.model_entrypoint(_split(name)[0]).__module__.startswith("vitarium.")
     if ours and isinstance(error, AssertionError):
         raise error
     return (str(error).strip() or type(error).__name__).splitlines()[0]
