@@ -7,7 +7,7 @@ get the chosen keys and values. `training_steps` puts them into a whole model.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -31,13 +31,12 @@ _Candidate = Callable[[_Inputs], Tensor]
 OURS, GATHER, SELECT = "vitarium", "torch.gather + softmax", "index_select + SDPA"
 
 
-def _cut(x: Tensor, fill: Tensor, num_regions: int) -> Tensor:
+def _cut(x: Tensor, fill: Tensor | None, num_regions: int) -> Tensor:
     """[B, H, W, heads, head_dim] -> [B, R, L, heads, head_dim], completed with ``fill``."""
     batch, height, width = x.shape[:3]
     below, right = -height % num_regions, -width % num_regions
-    if right:
+    if fill is not None:
         x = torch.cat([x, fill.expand(batch, height, right, -1, -1)], 2)
-    if below:
         x = torch.cat([x, fill.expand(batch, below, width + right, -1, -1)], 1)
     x = x.unflatten(2, (num_regions, -1)).unflatten(1, (num_regions, -1)).transpose(2, 3)
     return x.flatten(3, 4).flatten(1, 2)
@@ -70,7 +69,7 @@ def _sdpa(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
 def peer(
     taken: Callable[[Tensor, Tensor], Tensor], attend: Callable[..., Tensor]
 ) -> Callable[..., Tensor]:
-    """A function with `routing_attention`'s arguments, ``pad`` given."""
+    """A function with `routing_attention`'s arguments; maps that need it have a ``pad``."""
 
     def routed(
         query: Tensor,
@@ -79,11 +78,14 @@ def peer(
         num_regions: int,
         topk: int,
         scale: float,
-        pad: Tensor,
+        pad: Tensor | None = None,
     ) -> Tensor:
         height, width = query.shape[1:3]
+        fills: Sequence[Tensor | None] = (None,) * 3
+        if pad is not None and (height % num_regions or width % num_regions):
+            fills = pad.unbind()
         q, k, v = (
-            _cut(x, fill, num_regions) for x, fill in zip((query, key, value), pad, strict=True)
+            _cut(x, fill, num_regions) for x, fill in zip((query, key, value), fills, strict=True)
         )
         with torch.no_grad():
             scores = q.mean(2).flatten(2) @ k.mean(2).flatten(2).mT
@@ -137,7 +139,8 @@ class Routing:
         shape = (self.batch, self.height, self.width, 3, self.heads, self.head_dim)
         # strided like a model's: three views of one projection
         inputs = dict(zip(("query", "key", "value"), torch.randn(shape).unbind(3), strict=True))
-        inputs["pad"] = torch.randn(3, self.heads, self.head_dim)
+        if self.height % self.num_regions or self.width % self.num_regions:
+            inputs["pad"] = torch.randn(3, self.heads, self.head_dim)
         return {name: x.detach().requires_grad_() for name, x in inputs.items()}
 
     def oracle(self, inputs: _Inputs) -> Tensor:
