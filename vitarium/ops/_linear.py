@@ -20,7 +20,7 @@ from vitarium.ops import _dispatch
 
 # Elements of the hidden layer at a time. What is in work stays in cache, and small products,
 # which are slow where other programs use the same cache, are avoided.
-CHUNK = 1 << 20
+CHUNK = 1 << 21
 
 _POINTWISE = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
 
