@@ -162,14 +162,16 @@ class Routing:
 
 
 def cases(quick: bool) -> list[Routing]:
-    """BiFormer's maps at 224 pixels, and at 800 x 1216; the smallest if quick."""
-    goals = dict.fromkeys(("forward", "forward+backward"), 1.0)
-    smallest = Routing(14, 14, 8, 16, goals=goals)
+    """BiFormer's maps at 224 pixels, and at 800 x 1216; the smallest if quick.
+
+    They have no goals: those are of `training_steps`.
+    """
+    smallest = Routing(14, 14, 8, 16)
     if quick:
         return [smallest]
-    found = [Routing(56, 56, 2, 1, goals=goals), Routing(28, 28, 4, 4, goals=goals), smallest]
+    found = [Routing(56, 56, 2, 1), Routing(28, 28, 4, 4), smallest]
     for size in ((200, 304, 2, 1), (100, 152, 4, 4), (50, 76, 8, 16)):
-        found += [Routing(*size, regions, goals, batch=1) for regions in (7, 16)]
+        found += [Routing(*size, regions, batch=1) for regions in (7, 16)]
     return found
 
 

@@ -23,7 +23,7 @@ from vitarium.ops.routing_attn.regions import Axis, axis
 if TYPE_CHECKING:
     from vitarium.ops.routing_attn.op import Call
 
-CHUNK = 1 << 18  # elements of keys and values that are gathered at a time
+CHUNK = 1 << 17  # elements of keys and values that are gathered at a time
 
 
 def unsupported(call: Call) -> str | None:
@@ -67,6 +67,7 @@ def _cut(x: Tensor, counts: Sequence[int], axes: tuple[Axis, Axis], fill: Any = 
         grown[:, :height, width:] = fill
         grown[:, height:] = fill
         x = grown
+    x = x.contiguous()  # two copies are faster than one of a view in seven parts
     x = x.unflatten(2, (counts[1], -1)).unflatten(1, (counts[0], -1)).transpose(2, 3)
     return x.reshape(batch * counts[0] * counts[1], axes[0].size * axes[1].size, *x.shape[5:])
 
