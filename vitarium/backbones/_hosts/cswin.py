@@ -179,6 +179,7 @@ class CSwin(Backbone):
         num_heads: attention heads of each stage; even but in the last one, unless a mixer takes
             all blocks.
         split_size: width of the stripes of each stage, in tokens; the last one's has no effect.
+            torch.export makes one program for all sizes where stripes are at least 2 wide.
         mlp_ratio: hidden over input channels in the MLPs.
         mixer: gives every block its attention: a module [B, H, W, 3C] -> [B, H, W, C] of query,
             key and value, or None for stripes. It is called with ``stage``, ``block`` (counted
