@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from vitarium.tools import bench, bench_ops
+from vitarium.tools.bench_agent import Agent
 from vitarium.tools.bench_channel import Channel
 from vitarium.tools.bench_neighborhood import Neighborhood, Shape
 from vitarium.tools.bench_neighborhood_parts import Mix, Scores
@@ -25,6 +26,10 @@ def test_peers_compute_channel_attention():
 @pytest.mark.parametrize("shift", [0, 1])
 def test_peers_compute_window_attention(shift, cosine):
     check_peers(Window(9, 14, 2, 4, shift, cosine, head_dim=8))
+
+
+def test_peers_compute_agent_attention():
+    check_peers(Agent((5, 9), 3, 2, batch=3, head_dim=8))
 
 
 def check_peers(shape):

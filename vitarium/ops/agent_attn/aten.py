@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from vitarium.ops.agent_attn.op import Call
 
 _FEW = 16  # agents; measured, float32 on AVX-512
-_CHUNK = 1 << 18  # scores
+_CHUNK = 1 << 16  # scores; measured: groups of larger maps only cost copies
 
 
 def unsupported(call: Call) -> str | None:
@@ -35,7 +35,6 @@ def unsupported(call: Call) -> str | None:
 
 def run(call: Call) -> Tensor:
     """[B, P + H * W, heads, head_dim], class tokens first."""
-    size = call.query.shape[1:3]
     query, key, value = (x.flatten(1, 2) for x in (call.query, call.key, call.value))
     if call.prefix is not None:
         tokens = zip(call.prefix, (query, key, value), strict=True)
@@ -148,7 +147,7 @@ def _backward(
     agents = _agents(query, size, agent_size).to(exact) * scale
     grad_agents = torch.empty_like(agents)
     maps = (query, key, value)
-    found = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in maps]
+    found = [x.new_empty(x.transpose(1, 2).shape) for x in maps]  # as products leave them
     for part in _groups(query, math.prod(agent_size)):
         a = agents[part].flatten(0, 1)
         q, k, v, g = (_heads(x[part], exact) for x in (*maps, grad))
@@ -160,20 +159,25 @@ def _backward(
         scores = torch._softmax_backward_data(scores, gather, -1, exact)
         grad_k, grad_a = torch.bmm(scores.mT, a), torch.bmm(scores, k)
         if bias1 is not None:
-            sum1 += scores.view(-1, *bias1.shape).sum(0)
+            _add_images(sum1, scores)
         scores = torch.bmm(gathered, g.mT)
         scores = torch._softmax_backward_data(scores, read, -2, exact)
         grad_q, grad_a = torch.bmm(scores.mT, a), grad_a.baddbmm_(scores, q)
         if bias2 is not None:
-            sum2 += scores.view(-1, *bias2.shape).sum(0)
+            _add_images(sum2, scores)
         grad_agents[part] = grad_a.view(grad_agents[part].shape)
         for x, y in zip(found, (grad_q, grad_k, grad_v), strict=True):
-            to = x[part].transpose(1, 2)
-            to.copy_(y.view(to.shape))
+            x[part] = y.view(x[part].shape)
+    found = [x.transpose(1, 2) for x in found]
     positions = found[0][:, query.shape[1] - math.prod(size) :]
     positions += _spread(grad_agents * scale, size, agent_size)
     sum1, sum2 = sum1.to(query.dtype), sum2.to(query.dtype)
     return *found, sum1, sum2 if bias2 is None else sum2.mT
+
+
+def _add_images(total: Tensor, scores: Tensor) -> None:
+    for image in scores.view(-1, *total.shape):
+        total += image
 
 
 def _spread(grad: Tensor, size: Sequence[int], agent_size: Sequence[int]) -> Tensor:
@@ -209,7 +213,8 @@ def _fake_backward(
     token_bias: Tensor | None,
     *_: Any,
 ) -> tuple[Tensor, ...]:
-    found = (query.new_empty(x.shape) for x in (query, key, value))
+    shapes = (x.transpose(1, 2).shape for x in (query, key, value))
+    found = (query.new_empty(shape).transpose(1, 2) for shape in shapes)
     grad_bias = query.new_empty(0 if agent_bias is None else agent_bias.shape)
     if token_bias is None:
         return *found, grad_bias, query.new_empty(0)
