@@ -419,12 +419,16 @@ def test_layer_decay(name):
             parameter.ndim <= 1 or key in model.no_weight_decay()
         )
     depth = len({*scale.values()})
-    for part in model.children():
-        order = [scale[id(p)] for p in part.parameters()]
-        assert order == sorted(order)  # parameters stand in the order in which they act
-    first, *_, last = model.parameters()
-    assert scale[id(last)] == 1
-    assert scale[id(first)] == 0.5 ** (depth - 1)
+    acting = []  # scales of the modules' own parameters, in the order in which they act
+    for module in model.modules():
+        if module is not model:
+            module.register_forward_pre_hook(
+                lambda m, _: acting.extend(scale[id(p)] for p in m.parameters(recurse=False))
+            )
+    model.train()(image(batch=2))
+    assert acting == sorted(acting)
+    assert acting[0] == 0.5 ** (depth - 1)
+    assert acting[-1] == 1
     coarse = group_parameters(model, model.group_matcher(coarse=True))
     assert 2 < len(coarse) <= depth
 

@@ -44,7 +44,10 @@ def shown(tmp_path_factory):
 def test_every_file_that_it_names_is_there(shown):
     folder, text = shown
     names = ["digit", "digits", "china", "china.features", "flower", "flower.features"]
+    names += ["china.families"]
     names += [f"china.{model}.neighborhoods" for model in ("nat_atto", "dinat_mini")]
+    attentions = ("nat", "biformer", "agent", "fused_davit", "fused_swin")
+    assert all(f" {family}_" in text for family in attentions)
     assert wrote(text, folder) == [folder / "outputs" / f"{name}.png" for name in names]
     assert sorted((folder / "outputs").iterdir()) == sorted(wrote(text, folder))
 
@@ -67,6 +70,10 @@ def test_the_pictures(shown):
         assert sheet.width > 3 * 480
         assert sheet.height > 2 * 320
         assert len(sheet.getcolors(sheet.width * sheet.height)) > 5000
+    sheet = Image.open(folder / "china.families.png")
+    assert sheet.width > 5 * 320
+    assert sheet.height > 5 * 213
+    assert len(sheet.getcolors(sheet.width * sheet.height)) > 5000
     for model, rows in (("nat_atto", 1), ("dinat_mini", 2)):
         sheet = Image.open(folder / f"china.{model}.neighborhoods.png")
         assert sheet.width > 4 * 400

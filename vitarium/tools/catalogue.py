@@ -125,13 +125,13 @@ def _gflops(model: Any, cfg: PretrainedCfg) -> float:
 
 def _ops(module: Any) -> set[str]:
     """Our ops that a module's methods name."""
-    found = set()
+    found: set[Any] = set()
     for kind in type(module).__mro__:
         for method in vars(kind).values():
             if isinstance(method, FunctionType):
-                names = (method.__globals__.get(name) for name in method.__code__.co_names)
-                found |= {fn.op_name for fn in names if hasattr(fn, "op_name")}
-    return found
+                for name in method.__code__.co_names:
+                    found.add(getattr(method.__globals__.get(name), "op_name", None))
+    return found - {None}
 
 
 def _source(weight: Weight | None) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""`vitarium demo`: digits classified, photographs' features and attention pictured, what is next.
+"""`vitarium demo`: digits classified, features of all families, attention pictured, what is next.
 
 Everything it needs is on the machine: the digits and photographs are scikit-learn's, the weights
 are in the package.
@@ -29,12 +29,16 @@ from vitarium.tools.digits import (
     probabilities,
     split,
 )
-from vitarium.tools.features import pyramid_picture
+from vitarium.tools.features import comparison_picture, pyramid_picture
 from vitarium.tools.visualize import neighborhood_picture
 
 _PHOTOS = ("china", "flower")
+_FAMILIES = (
+    *("nat_mini", "biformer_tiny", "agent_swin_tiny"),
+    *("fused_davit_tiny", "fused_swin_tiny_patch4_window7_224"),
+)
 _DILATED = "dinat_mini"
-_SIZE = 224  # shorter side of the photograph for attention, in pixels
+_SIZE = 224  # shorter side of the photograph for families and attention, in pixels
 _PIXEL = (106, 90)  # of it: on the pagoda
 _COLUMNS, _ROWS = 12, 6
 
@@ -54,7 +58,7 @@ def run(args: Namespace) -> int:
     out.mkdir(parents=True, exist_ok=True)
 
     count = len(held_out.labels)
-    _say(f"1/4 {MODEL} classifies scikit-learn's last {count} digits, which it never saw")
+    _say(f"1/5 {MODEL} classifies scikit-learn's last {count} digits, which it never saw")
     model = timm.create_model(MODEL, pretrained=True)
     chances = probabilities(model, held_out)
     _say(indent(comparison(chances.argmax(-1), training, held_out), "    "))
@@ -65,20 +69,27 @@ def run(args: Namespace) -> int:
     mistakes = _save_predictions(sheet, held_out, chances)
     _wrote(sheet, f"its answers; the {mistakes} mistakes come first, in red")
 
-    _say(f"2/4 feature pyramids of two photographs, by weights that know only digits ({MODEL})")
+    _say(f"2/5 feature pyramids of two photographs, by weights that know only digits ({MODEL})")
     backbone = FeatureBackbone(MODEL, pretrained=True).eval()
     for name in _PHOTOS:
-        photo = out / f"{name}.png"
+        file = out / f"{name}.png"
         image = _photograph(name)
-        save(image, photo)
-        _wrote(photo, f"scikit-learn's {name}.jpg, {image.height} x {image.width} pixels (H x W)")
+        save(image, file)
+        _wrote(file, f"scikit-learn's {name}.jpg, {image.height} x {image.width} pixels (H x W)")
         pyramid = out / f"{name}.features.png"
         title = f"{name}.jpg, {MODEL} (trained on digits alone)"
         save(pyramid_picture(image, backbone, title), pyramid)
         _wrote(pyramid, "principal components of four feature maps, as colours")
 
-    _say("3/4 what one pixel attends to: plain neighborhoods (NAT) and dilated ones (DiNAT)")
+    _say("3/5 the five kinds of attention side by side, with random weights")
+    torch.manual_seed(0)
     image = scaled(_photograph(_PHOTOS[0]), _SIZE)
+    backbones = {name: FeatureBackbone(name).eval() for name in _FAMILIES}
+    families = out / f"{_PHOTOS[0]}.families.png"
+    save(comparison_picture(image, backbones, f"{_PHOTOS[0]}.jpg, random weights"), families)
+    _wrote(families, f"feature maps of {', '.join(backbones)}")
+
+    _say("4/5 what one pixel attends to: plain neighborhoods (NAT) and dilated ones (DiNAT)")
     torch.manual_seed(0)
     dilated = timm.create_model(_DILATED)
     for name, network, weights in (
@@ -90,7 +101,7 @@ def run(args: Namespace) -> int:
         save(neighborhood_picture(image, network.eval(), _PIXEL, title), drawing)
         _wrote(drawing, f"one pixel's neighborhoods in {name} ({weights})")
 
-    _say(f"4/4 done in {time.monotonic() - start:.0f} s; what you may want next")
+    _say(f"5/5 done in {time.monotonic() - start:.0f} s; what you may want next")
     for command in _next_commands(digit, out / f"{_PHOTOS[0]}.png", out):
         _say(f"    {command}")
     return 0
