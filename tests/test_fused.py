@@ -49,24 +49,36 @@ def timms(name, size=(64, 64), seed=0, **kwargs):
     return model
 
 
-def assert_equal_with_ops(model, x, tolerance):
+def results(model, x):
     """Outputs, and the gradients of the image and of every parameter."""
     model.zero_grad()
+    leaf = x.clone().requires_grad_()
+    out = model(leaf)
+    probe = torch.randn(out.shape, generator=torch.Generator().manual_seed(2)).to(x)
+    (out * probe).sum().backward()
+    grads = {key: parameter.grad for key, parameter in model.named_parameters()}
+    return {"out": out.detach(), "image": leaf.grad, **grads}
+
+
+def error(actual, expected):
+    """Relative to the spread, or to the value where there is one only."""
+    spread = expected.std() if expected.numel() > 1 else expected.abs().max()
+    return float((actual - expected).abs().max() / spread)
+
+
+def assert_equal_with_ops(model, x, tolerance):
+    """In single precision timm's gradients of parameters have larger errors; ours have no more."""
     ours = vitarium.use_ops(model)
     with torch.no_grad():
         assert_same(ours(x), model(x), tolerance)
-    found = []
-    for each in (model, ours):
-        leaf = x.clone().requires_grad_()
-        out = each(leaf)
-        probe = torch.randn(out.shape, generator=torch.Generator().manual_seed(2)).to(x)
-        (out * probe).sum().backward()
-        found.append([out.detach(), leaf.grad, *(p.grad for p in each.parameters())])
-    for a, b in zip(*found, strict=True):
-        if b.numel() > 1:
-            assert_same(b, a, tolerance)
-        else:
-            assert torch.allclose(a, b, rtol=tolerance * 10)
+    exact = results(copy.deepcopy(model).double(), x.double())
+    found, expected = results(ours, x), results(model, x)
+    for key, value in expected.items():
+        allowed = tolerance
+        if x.dtype is torch.float32 and key not in ("out", "image"):
+            allowed = max(tolerance, 3 * error(value, exact[key]))
+            value = exact[key]
+        assert error(found[key], value) <= allowed, key
 
 
 @pytest.mark.parametrize("size", SIZES, ids=str)
@@ -78,7 +90,7 @@ def test_same_numbers_and_gradients(name, size):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_same_numbers_in_single_precision(name):
-    assert_equal_with_ops(timms(name, (52, 72)), image((52, 72), batch=2), 2e-5)
+    assert_equal_with_ops(timms(name, (52, 72)), image((52, 72), batch=2), 1e-5)
 
 
 @pytest.mark.parametrize("name", ["swin", "swinv2"])
