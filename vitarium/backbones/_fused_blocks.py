@@ -79,7 +79,7 @@ class FusedSwinV2Attention(swin_transformer_v2.WindowAttention):
         bias = None
         if self.q_bias is not None:
             bias = torch.cat((self.q_bias, self.k_bias, self.v_bias))  # type: ignore[arg-type]
-        product = F.linear if _is_traced_or_trained(x) else linear
+        product = F.linear if _needs_modules(x) else linear
         qkv = product(x, self.qkv.weight, bias)
         table = self.cpb_mlp(self.relative_coords_table).flatten(0, 2)
         out = window_attention(
@@ -91,7 +91,7 @@ class FusedSwinV2Attention(swin_transformer_v2.WindowAttention):
             pad=None if bias is None else bias.unflatten(0, (3, self.num_heads, -1)),
             semantics=semantics,
         )
-        return self.proj_drop(self.proj(out.flatten(3)))
+        return self.proj_drop(_project(self.proj, out.flatten(3)))
 
 
 class FusedDaVitWindowAttention(davit.WindowAttention):
@@ -133,12 +133,12 @@ class FusedChannelAttentionV2(davit.ChannelAttentionV2):
 # Where modules need not be called one by one.
 
 
-def _is_traced_or_trained(x: Tensor) -> bool:
-    """Whether functions without a gradient, of one precision and of our own, are out of place."""
+def _needs_modules(x: Tensor) -> bool:
+    """Whether functions of one precision and of our own are out of place."""
     return (
-        torch.is_grad_enabled()
-        or (not x.is_meta and torch.is_autocast_enabled(x.device.type))
+        (not x.is_meta and torch.is_autocast_enabled(x.device.type))
         or _select.is_exporting()
+        or (torch.is_grad_enabled() and _select.is_tracing())  # inductor joins what it sees
     )
 
 
@@ -158,7 +158,7 @@ def _is_plain(module: nn.Module) -> bool:
 
 
 def _project(layer: nn.Linear, x: Tensor) -> Tensor:
-    if _is_traced_or_trained(x) or not _is_plain(layer) or layer.weight.dtype != x.dtype:
+    if _needs_modules(x) or not _is_plain(layer) or layer.weight.dtype != x.dtype:
         out: Tensor = layer(x)
         return out
     return linear(x, layer.weight, layer.bias)
@@ -169,7 +169,7 @@ def _projected(attn: Any, x: Tensor, residual: Tensor | None) -> Tensor:
     x, proj = x.flatten(3), attn.proj
     if residual is not None:
         return linear(x, proj.weight, proj.bias, residual)
-    x = proj(x)
+    x = _project(proj, x)
     return attn.proj_drop(x) if isinstance(attn, FusedSwinAttention) else x
 
 
@@ -177,7 +177,8 @@ def _is_fast(block: Any, x: Tensor) -> bool:
     """Whether a block's parts may be run together: nobody would see the difference."""
     mlp, norm = block.mlp, block.norm2
     return (
-        not _is_traced_or_trained(x)
+        not torch.is_grad_enabled()
+        and not _needs_modules(x)
         and not block.training
         and not _has_global_hooks()
         and all(_is_plain(module) for module in block.modules() if module is not block)
@@ -203,7 +204,16 @@ def _feed(block: Any, x: Tensor) -> Tensor:
     """The second branch of a block and its residual."""
     if _is_fast(block, x):
         return _fast_mlp(block, x, norm_first=True)
-    out: Tensor = x + block.drop_path2(block.mlp(block.norm2(x)))
+    out: Tensor = x + block.drop_path2(_mlp(block.mlp, block.norm2(x)))
+    return out
+
+
+def _mlp(mlp: Any, x: Tensor) -> Tensor:
+    if not _is_plain(mlp):
+        out: Tensor = mlp(x)
+        return out
+    x = mlp.norm(mlp.drop1(mlp.act(_project(mlp.fc1, x))))
+    out = mlp.drop2(_project(mlp.fc2, x))
     return out
 
 
@@ -245,7 +255,7 @@ class FusedSwinV2Block(swin_transformer_v2.SwinTransformerV2Block):
         x = x + self.drop_path1(self.norm1(self.attn(x, self.shift_size, self.semantics)))
         if _is_fast(self, x):
             return _fast_mlp(self, x, norm_first=False)
-        return x + self.drop_path2(self.norm2(self.mlp(x)))
+        return x + self.drop_path2(self.norm2(_mlp(self.mlp, x)))
 
 
 @register_notrace_module

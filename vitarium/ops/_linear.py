@@ -1,4 +1,4 @@
-"""Linear layers and MLPs where no gradient is wanted: fewer passes over memory, less of it held.
+"""Linear layers, and MLPs where no gradient is wanted: fewer passes over memory, less of it held.
 
 In float32 on a CPU, torch multiplies matrices with its BLAS library, and activations and residuals
 are passes of their own. oneDNN, which torch has on board for its compiler, takes them along, and on
@@ -111,12 +111,31 @@ def _fake_mlp(x: Tensor, *_: Any) -> Tensor:
     return x.new_empty(x.shape)
 
 
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, weight, _, _ = inputs
+    ctx.save_for_backward(x, weight)
+
+
+def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    x, weight = ctx.saved_tensors
+    of_x, of_weight, of_bias, of_residual = ctx.needs_input_grad
+    rows = grad.flatten(0, -2)
+    return (
+        _linear_op(grad, weight.t(), None, None) if of_x else None,
+        rows.t() @ x.flatten(0, -2) if of_weight else None,  # where oneDNN is no faster
+        rows.sum(0) if of_bias else None,
+        grad if of_residual else None,
+    )
+
+
 _linear_op = _dispatch.define(
     "linear_aten",
     "(Tensor x, Tensor weight, Tensor? bias, Tensor? residual) -> Tensor",
     _linear,
     _fake_linear,
     _linear_flops,
+    _setup,
+    _gradients,
 )
 _mlp_op = _dispatch.define(
     "mlp_aten",
@@ -131,7 +150,7 @@ _mlp_op = _dispatch.define(
 def linear(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None
 ) -> Tensor:
-    """``x @ weight.T + bias + residual``, without a gradient.
+    """``x @ weight.T + bias + residual``, with gradients of every order.
 
     Args:
         x: ``[..., in]``.
