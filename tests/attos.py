@@ -49,9 +49,9 @@ def map_sizes(model, size):
 
 
 def as_map(model, x, size):
-    """Tokens [B, P + H * W, C] of the last map without class tokens, [B, H, W, C]; or a map."""
+    """[B, H, W, C] from a map in the model's own layout, or from tokens [B, P + H * W, C]."""
     if x.ndim == 4:
-        return x
+        return x.permute(0, 2, 3, 1) if model.output_fmt == "NCHW" else x
     return x[:, model.num_prefix_tokens :].unflatten(1, map_sizes(model, size)[-1])
 
 

@@ -306,7 +306,7 @@ def scripted() -> bytes:
         (b"<?xml version='1.0'?><Error><Code>AccessDenied</Code></Error>", "web page"),
         (b'{"error": "not found"}', "JSON"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\n", "Git LFS"),
-        (gzip.compress(b"x"), "gzip archive"),
+        (gzip.compress(b"x", mtime=0), "gzip archive"),
         (tarred(), "tar archive"),
         (archive({"readme.txt": b"hello"}), "another zip"),
         (scripted(), "TorchScript"),

@@ -330,6 +330,10 @@ class Backbone(nn.Module):
         y: Tensor = x
         return y
 
+    def _unfinished(self, x: Any) -> Tensor:
+        """What `forward_intermediates` returns as the final map where it stops early."""
+        return self._map(x)
+
     def _final(self, x: Any) -> Tensor:
         """What `forward_features` returns, from what the last stage does."""
         y: Tensor = self.norm(x)
@@ -378,7 +382,7 @@ class Backbone(nn.Module):
                 maps.append(y.permute(0, 3, 1, 2).contiguous() if output_fmt == "NCHW" else y)
         if intermediates_only:
             return maps
-        return (self._final(state) if i == count - 1 else self._map(state)), maps
+        return (self._final(state) if i == count - 1 else self._unfinished(state)), maps
 
     def prune_intermediate_layers(
         self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True

@@ -77,6 +77,7 @@ class _Entry(_Base):
     forward_intermediates: Any = Backbone.forward_intermediates
     prune_intermediate_layers: Any = Backbone.prune_intermediate_layers
     _map: Any = Backbone._map
+    _unfinished: Any = Backbone._unfinished
     _final: Any = Backbone._final
 
     def _embed(self: Any, image: Tensor) -> Tensor:
@@ -108,7 +109,7 @@ class _Entry(_Base):
         self.head.train(self.training)
 
     def forward_features(self: Any, x: Tensor) -> Tensor:
-        """[B, in_chans, H, W] -> the last stage's map, normalised, [B, H, W, num_features]."""
+        """[B, in_chans, H, W] -> the last stage's map, normalised, laid out as timm does it."""
         x = self._embed(x)
         for i in range(len(self.feature_stages)):
             x = self._stage(i, x)
@@ -130,8 +131,9 @@ class FusedSwinV2(_Entry, swin_transformer_v2.SwinTransformerV2):
 
 
 class FusedDaVit(_Entry, davit.DaVit):  # type: ignore[misc]
-    """timm's DaViT; the arguments are timm's. Features are [B, H, W, C], other than timm's."""
+    """timm's DaViT; the arguments are timm's, and so is the layout of features, [B, C, H, W]."""
 
+    output_fmt = "NCHW"
     stem_name = "stem"
     stages_name = "stages"
     pools = tuple(pool for pool in _POOLS if pool != "catavgmax")  # the norm takes one width
@@ -148,8 +150,12 @@ class FusedDaVit(_Entry, davit.DaVit):  # type: ignore[misc]
     def _map(self, x: Tensor) -> Tensor:
         return x.permute(0, 2, 3, 1)
 
+    def _unfinished(self, x: Tensor) -> Tensor:
+        return x
+
     def _final(self, x: Tensor) -> Tensor:
-        return self._map(self.norm_pre(x))
+        y: Tensor = self.norm_pre(x)
+        return y
 
     def prune_intermediate_layers(
         self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
@@ -160,11 +166,6 @@ class FusedDaVit(_Entry, davit.DaVit):  # type: ignore[misc]
             davit.DaVit.reset_classifier(self, 0, "", reset_other=True)
             self.head.train(self.training)
         return taken
-
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Pool, normalise and classify [B, H, W, C]; without the classifier if ``pre_logits``."""
-        y: Tensor = super().forward_head(x.permute(0, 3, 1, 2), pre_logits)
-        return y
 
 
 # Checkpoints
@@ -319,9 +320,9 @@ class _Kind:
 
 
 # What our entries cannot do, because timm's classes cannot: DaViT has no dropout in its blocks, and
-# its norm follows the pooling, stages are NCHW inside; Swin scales windows in set_input_size().
+# its norm follows the pooling; Swin scales windows in set_input_size().
 _LIMITS = {
-    "fused_davit_atto": {"dropout", "norm before pooling", "catavgmax", "NHWC stages"},
+    "fused_davit_atto": {"dropout", "norm before pooling", "catavgmax"},
     "fused_swin_atto": {"windows of its own at another img_size"},
     "fused_swinv2_atto": {"windows of its own at another img_size"},
 }
