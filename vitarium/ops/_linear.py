@@ -22,6 +22,9 @@ from vitarium.ops import _dispatch
 # which are slow where other programs use the same cache, are avoided.
 CHUNK = 1 << 21
 
+# Terms of the sums in a gradient that oneDNN takes: it adds longer ones less exactly than BLAS.
+_SHORT = 384
+
 _POINTWISE = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
 
 
@@ -116,12 +119,18 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(x, weight)
 
 
+def _transposed(grad: Tensor, weight: Tensor) -> Tensor:
+    out: Tensor = _linear_op(grad, weight.t(), None, None)
+    return out
+
+
 def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, weight = ctx.saved_tensors
     of_x, of_weight, of_bias, of_residual = ctx.needs_input_grad
     rows = grad.flatten(0, -2)
+    product = _transposed if len(weight) <= _SHORT else torch.matmul
     return (
-        _linear_op(grad, weight.t(), None, None) if of_x else None,
+        product(grad, weight) if of_x else None,
         rows.t() @ x.flatten(0, -2) if of_weight else None,  # where oneDNN is no faster
         rows.sum(0) if of_bias else None,
         grad if of_residual else None,
