@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import vitarium
 from vitarium.backbones import fused
+from vitarium.backbones._hosts.swin import Swin
 from vitarium.checkpoints import load
 from vitarium.heads.features import FeatureBackbone
 
@@ -356,3 +357,42 @@ def test_tables_for_other_windows_are_resized_as_timm_does():
 
 def test_published_names_exist():
     assert {*fused._PUBLISHED} <= {*timm.list_models("fused_*", include_tags=True)}
+
+
+@pytest.mark.parametrize("semantics", ["timm", "authors"])
+def test_windows_clamped_as_the_authors_do(semantics):
+    """On maps of 4 x 8 and 2 x 4 tokens with windows of 4; the host has been held to goldens."""
+    torch.manual_seed(0)
+    shape = {"embed_dim": 32, "depths": (2, 2, 2, 2), "num_heads": (2, 4, 8, 16)}
+    host = Swin(10, img_size=(64, 128), window_size=4, mlp_ratio=2.0, **shape)
+    host.double().eval()
+    with torch.no_grad():
+        for parameter in host.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    model = timm.create_model(
+        "fused_swin_atto", img_size=(64, 128), depths=(2, 2, 2, 2), semantics=semantics
+    )
+    weights = fused._RENAMES.to_ours(host.state_dict(), model)
+    tables = {name for name, x in model.state_dict().items() if weights[name].shape != x.shape}
+    assert all(name.startswith("layers.3.") for name in tables)  # the host keeps whole tables
+    for name in tables:
+        heads = weights[name].shape[1]
+        side = model.get_submodule(name.rpartition(".")[0]).window_size
+        whole = weights[name].view(7, 7, heads)
+        rows, columns = (slice(4 - n, 3 + n) for n in side)
+        weights[name] = whole[rows, columns].reshape(-1, heads)
+    model.double().eval().load_state_dict(weights)
+    x = image((64, 128)).double()
+    ours = model.forward_intermediates(x, intermediates_only=True)
+    authors = host.forward_intermediates(x, intermediates_only=True)
+    for y, z in zip(ours[:2], authors[:2], strict=True):
+        assert error(y, z) <= 1e-12
+    same = [error(y, z) <= 1e-12 for y, z in zip(ours[2:], authors[2:], strict=True)]
+    assert same == [semantics == "authors"] * 2
+
+
+def test_unknown_semantics_are_refused():
+    with pytest.raises(ValueError, match="semantics: expected 'timm' or 'authors', got 'dense'"):
+        timm.create_model("fused_swin_atto", semantics="dense")
+    with pytest.raises(TypeError, match="semantics"):
+        timm.create_model("fused_davit_atto", semantics="authors")

@@ -13,7 +13,8 @@ windows are clamped and tables made.
 Quirks:
     - timm clamps windows and shifts per axis, once, when a block is built; it rolls a map before
       it pads it. The authors' classifiers clamp both axes by the shorter one and cannot pad; at
-      the square sizes of the released weights both are the same function.
+      the square sizes of the released weights both are the same function. For another
+      ``img_size``, ``semantics="authors"`` clamps as they do (Swin, SwinV2).
     - The authors' detectors never clamp, shift even a single window, and pad before they roll.
       That is what `dense_adapter` builds. SwinV2 has no published detector; its dense form here
       has the same windows as Swin's.
@@ -388,6 +389,19 @@ def _cfg(name: str, kind: _Kind, cfg: PretrainedCfg) -> PretrainedCfg:
     )
 
 
+def _clamp_as_authors(model: nn.Module) -> None:
+    """Clamp both axes of a window by the shorter side of the map, and shift neither then."""
+    block: Any
+    for block in model.modules():
+        if isinstance(block, (blocks.FusedSwinBlock, blocks.FusedSwinV2Block)):
+            side, axis = min((length, i) for i, length in enumerate(block.input_resolution))
+            if block.window_size[axis] == side:  # timm has clamped it here
+                block.window_size, block.shift_size = (side, side), (0, 0)
+                block.window_area = side**2
+                block.attn.set_window_size((side, side))
+                block.attn_mask = None
+
+
 def _create(
     variant: str, kind: _Kind, timms: str | None, pretrained: bool = False, **kwargs: Any
 ) -> nn.Module:
@@ -396,8 +410,12 @@ def _create(
         pools = kind.model.pools
         if (pool := args.get("global_pool", "avg")) not in pools:
             raise ValueError(f"global_pool: expected one of {pools}, got {pool!r}")
+        semantics = "timm"
         if kind.model is not FusedDaVit:
+            semantics = args.pop("semantics", semantics)
             args = {"strict_img_size": False, **args}
+        if semantics not in ("timm", "authors"):
+            raise ValueError(f"semantics: expected 'timm' or 'authors', got {semantics!r}")
         if timms is None:
             model = kind.model(**{**kind.atto, **args})
             for name, parameter in model.named_parameters():
@@ -410,7 +428,10 @@ def _create(
             module.__class__ = BETWEEN.get(type(module), type(module))
         if kind.model is not FusedDaVit:
             model.patch_embed.dynamic_img_pad = True  # to timm's class, should it come back
-        return use_ops(model, inplace=True)
+        model = use_ops(model, inplace=True)
+        if semantics == "authors":
+            _clamp_as_authors(model)
+        return model
 
     return build(
         create,
