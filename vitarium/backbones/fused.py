@@ -391,15 +391,15 @@ def _cfg(name: str, kind: _Kind, cfg: PretrainedCfg) -> PretrainedCfg:
 
 def _clamp_as_authors(model: nn.Module) -> None:
     """Clamp both axes of a window by the shorter side of the map, and shift neither then."""
-    block: Any
-    for block in model.modules():
-        if isinstance(block, (blocks.FusedSwinBlock, blocks.FusedSwinV2Block)):
-            side, axis = min((length, i) for i, length in enumerate(block.input_resolution))
-            if block.window_size[axis] == side:  # timm has clamped it here
-                block.window_size, block.shift_size = (side, side), (0, 0)
-                block.window_area = side**2
-                block.attn.set_window_size((side, side))
-                block.attn_mask = None
+    windowed = (blocks.FusedSwinBlock, blocks.FusedSwinV2Block)
+    found: list[Any] = [module for module in model.modules() if isinstance(module, windowed)]
+    for block in found:
+        side, axis = min((length, i) for i, length in enumerate(block.input_resolution))
+        if block.window_size[axis] == side:  # timm has clamped it here
+            block.window_size, block.shift_size = (side, side), (0, 0)
+            block.window_area = side**2
+            block.attn.set_window_size((side, side))
+            block.attn_mask = None
 
 
 def _create(
