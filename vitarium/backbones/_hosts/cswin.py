@@ -33,15 +33,14 @@ import torch
 import torch.nn.functional as F
 from timm.layers import DropPath, Mlp, calculate_drop_path_rates, register_notrace_function
 from timm.models import checkpoint_seq
-from timm.models._input import update_model_input_size
 from torch import Tensor, nn
 
 from vitarium.backbones._blocks import (
-    Backbone,
     checked_size,
     head_dim,
     refuse_attention_dropout,
 )
+from vitarium.backbones._hosts._host import Host
 from vitarium.backbones._hosts.swin import Mixer
 from vitarium.ops import window_attention
 
@@ -165,7 +164,7 @@ class Merge(nn.Module):
         return y
 
 
-class CSwin(Backbone):
+class CSwin(Host):
     """Stem, four stages of blocks, LayerNorm, pooling, linear classifier.
 
     Args:
@@ -279,11 +278,6 @@ class CSwin(Backbone):
         y: Tensor = checkpoint_seq(stage, x) if self.grad_checkpointing else stage(x)
         return y
 
-    def _map_size(self, stage: int) -> tuple[int, int]:
-        """(H, W) of a stage's map at ``input_size``, in tokens."""
-        stride = 4 * 2**stage
-        return -(-self.input_size[0] // stride), -(-self.input_size[1] // stride)
-
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Patterns by which timm groups parameters, for layer-wise learning rates."""
         previous = (99999,)  # timm's mark for "the group before"
@@ -294,25 +288,6 @@ class CSwin(Backbone):
         ]
         stem = r"^stage1_conv_embed"
         return {"stem": stem, "blocks": r"^(?:stage|merge)(\d+)\." if coarse else fine}
-
-    def set_input_size(self, img_size: int | tuple[int, int] | None = None) -> None:
-        """Make the mixers' parameters ones for images of another size.
-
-        Args:
-            img_size: in pixels, an int or (H, W); None changes nothing.
-
-        Raises:
-            ValueError: not one or two sides, or one below the smallest.
-        """
-        if img_size is None:
-            return
-        self.input_size = checked_size(img_size, self.min_size)
-        for i, stage in enumerate(self.feature_stages):
-            mixers: Any = stage.modules()
-            for mixer in mixers:
-                if hasattr(mixer, "set_input_size"):
-                    mixer.set_input_size(self._map_size(i))
-        update_model_input_size(self, self.input_size)
 
 
 def _stripes(

@@ -27,15 +27,14 @@ from timm.layers import (
     register_notrace_function,
 )
 from timm.models import checkpoint
-from timm.models._input import update_model_input_size
 from torch import Tensor, nn
 
 from vitarium.backbones._blocks import (
-    Backbone,
     checked_size,
     head_dim,
     refuse_attention_dropout,
 )
+from vitarium.backbones._hosts._host import Host
 
 Mixer = Callable[..., nn.Module | None]
 Size = tuple[int, int]
@@ -112,7 +111,7 @@ def resized_positions(table: Tensor, old: Size, new: Size) -> Tensor:
     return torch.cat([table[:, :1], x], 1)
 
 
-class DeiT(Backbone):
+class DeiT(Host):
     """Patches, a class token, positions, blocks, LayerNorm, linear classifier.
 
     Args:
@@ -141,7 +140,6 @@ class DeiT(Backbone):
 
     Attributes:
         input_size: (H, W) of the images for which the parameters are made, in pixels.
-        map_size: (H, W) of their map, in patches.
         num_prefix_tokens: tokens before the map: 1.
 
     Raises:
@@ -175,7 +173,7 @@ class DeiT(Backbone):
         refuse_attention_dropout(attn_drop_rate)
         self.min_size = patch_size
         self.input_size = checked_size(img_size, patch_size)
-        self.map_size = height, width = self._map_size(self.input_size)
+        height, width = self.map_size
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim, **dd))
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + height * width, embed_dim, **dd))
         self.patch_embed = PatchEmbed(patch_size, in_chans, embed_dim, **dd)
@@ -196,9 +194,14 @@ class DeiT(Backbone):
         self._add_head(embed_dim, global_pool, drop_rate, dd)
         self.norm = nn.LayerNorm(embed_dim, eps=1e-6, **dd)
 
-    def _map_size(self, input_size: Size) -> Size:
-        height, width = input_size
+    def _map_size(self, stage: int = 0) -> Size:
+        height, width = self.input_size
         return -(-height // self.min_size), -(-width // self.min_size)
+
+    @property
+    def map_size(self) -> Size:
+        """(H, W) of the map at ``input_size``, in patches."""
+        return self._map_size()
 
     def _embed(self, image: Tensor) -> State:
         x = self.patch_embed(self._checked(image))
@@ -248,25 +251,8 @@ class DeiT(Backbone):
         blocks = [(r"^blocks\.(\d+)", None), (r"^norm", (99999,))]  # the norm joins the last block
         return {"stem": r"^cls_token|^pos_embed|^patch_embed", "blocks": blocks}
 
-    def set_input_size(self, img_size: int | tuple[int, int] | None = None) -> None:
-        """Make the position embedding and the mixers' parameters ones for another size.
-
-        Args:
-            img_size: in pixels, an int or (H, W); None changes nothing.
-
-        Raises:
-            ValueError: not one or two sides, or one below the patch.
-        """
-        if img_size is None:
-            return
-        self.input_size = checked_size(img_size, self.min_size)
-        size = self._map_size(self.input_size)
-        if size != self.map_size:
-            old = self.pos_embed
-            table = resized_positions(old.detach(), self.map_size, size)
+    def _resize_positions(self, before: list[Size]) -> None:
+        old = self.pos_embed
+        if self.map_size != before[0]:
+            table = resized_positions(old.detach(), before[0], self.map_size)
             self.pos_embed = nn.Parameter(table, requires_grad=old.requires_grad)
-        for block in self.blocks:
-            if hasattr(block.attn, "set_input_size"):
-                block.attn.set_input_size(size)
-        self.map_size = size
-        update_model_input_size(self, self.input_size)

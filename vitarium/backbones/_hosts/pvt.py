@@ -26,16 +26,15 @@ import torch
 import torch.nn.functional as F
 from timm.layers import calculate_drop_path_rates, register_notrace_function
 from timm.models import checkpoint_seq
-from timm.models._input import update_model_input_size
 from torch import Tensor, nn
 
 from vitarium.backbones._blocks import (
-    Backbone,
     Block,
     checked_image,
     checked_size,
     refuse_attention_dropout,
 )
+from vitarium.backbones._hosts._host import Host
 
 Mixer = Callable[..., nn.Module]
 
@@ -81,7 +80,7 @@ def run_blocks(blocks: nn.Sequential, x: Tensor, grad_checkpointing: bool) -> Te
     return y
 
 
-class PVT(Backbone):
+class PVT(Host):
     """Four stages of patches, positions and blocks; pooling, linear classifier.
 
     Args:
@@ -108,7 +107,6 @@ class PVT(Backbone):
 
     Attributes:
         input_size: (H, W) of the images for which the parameters are made, in pixels.
-        map_sizes: (H, W) of their maps, in tokens.
 
     Raises:
         ValueError: an argument outside of these.
@@ -140,7 +138,6 @@ class PVT(Backbone):
             if len(values) != len(_PATCHES):
                 raise ValueError(f"{name}: expected one per stage (4), got {tuple(values)}")
         self.input_size = checked_size(img_size, self.min_size)
-        self.map_sizes = _map_sizes(self.input_size)
         rates: Any = iter(calculate_drop_path_rates(drop_path_rate, sum(depths)))
         for i, (dim, size) in enumerate(zip(embed_dims, self.map_sizes, strict=True)):
             before = embed_dims[i - 1] if i else in_chans
@@ -191,36 +188,18 @@ class PVT(Backbone):
         stages = [(r"^block(\d+)", None), (patches, None)]
         return {"stem": r"^pos_embed|^patch_embed1", "blocks": stages if coarse else fine}
 
-    def set_input_size(self, img_size: int | tuple[int, int] | None = None) -> None:
-        """Make the position embeddings and the mixers' parameters ones for another size.
+    @property
+    def map_sizes(self) -> list[tuple[int, int]]:
+        """(H, W) of the stages' maps at ``input_size``, in tokens."""
+        return [self._map_size(i) for i in range(len(_PATCHES))]
 
-        Args:
-            img_size: in pixels, an int or (H, W); None changes nothing.
-
-        Raises:
-            ValueError: not one or two sides, or one below the smallest.
-        """
-        if img_size is None:
-            return
-        self.input_size = checked_size(img_size, self.min_size)
-        sizes = _map_sizes(self.input_size)
-        for i, blocks in enumerate(self.feature_stages):
-            old = getattr(self, f"pos_embed{i + 1}")
-            if sizes[i] != self.map_sizes[i]:
-                table = resized_positions(old.detach(), self.map_sizes[i], sizes[i], "bicubic")
+    def _resize_positions(self, before: list[tuple[int, int]]) -> None:
+        for i, old_size in enumerate(before):
+            old, size = getattr(self, f"pos_embed{i + 1}"), self.map_sizes[i]
+            if size != old_size:
+                table = resized_positions(old.detach(), old_size, size, "bicubic")
                 positions = nn.Parameter(table.flatten(1, 2), requires_grad=old.requires_grad)
                 setattr(self, f"pos_embed{i + 1}", positions)
-            for block in blocks:
-                if hasattr(block.attn, "set_input_size"):
-                    block.attn.set_input_size(sizes[i])
-        self.map_sizes = sizes
-        update_model_input_size(self, self.input_size)
-
-
-def _map_sizes(input_size: tuple[int, int]) -> list[tuple[int, int]]:
-    height, width = input_size
-    strides = [4 * 2**i for i in range(len(_PATCHES))]
-    return [(-(-height // stride), -(-width // stride)) for stride in strides]
 
 
 class DensePVT(nn.Module):

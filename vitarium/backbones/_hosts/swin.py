@@ -27,11 +27,9 @@ from typing import Any
 
 import torch
 from timm.layers import calculate_drop_path_rates
-from timm.models._input import update_model_input_size
 from torch import Tensor, nn
 
 from vitarium.backbones._blocks import (
-    Backbone,
     Block,
     DensePyramid,
     Level,
@@ -41,6 +39,7 @@ from vitarium.backbones._blocks import (
     head_dim,
     refuse_attention_dropout,
 )
+from vitarium.backbones._hosts._host import Host
 from vitarium.ops import window_attention
 from vitarium.ops.window_attn import windows
 
@@ -97,7 +96,7 @@ class WindowAttention(nn.Module):
         return self.proj_drop(self.proj(x.reshape(B, H, W, C)))
 
 
-class Swin(Backbone):
+class Swin(Host):
     """Patches, four levels of blocks, LayerNorm, pooling, linear classifier.
 
     Args:
@@ -184,38 +183,15 @@ class Swin(Backbone):
             self.feature_info.append(info)
         self._add_head(dim, global_pool, drop_rate, dd)
 
-    def _map_size(self, stage: int) -> tuple[int, int]:
-        """(H, W) of a stage's map at ``input_size``, in tokens."""
-        stride = 4 * 2**stage
-        return -(-self.input_size[0] // stride), -(-self.input_size[1] // stride)
-
     @staticmethod
     def _init_weights(module: nn.Module) -> None:
-        Backbone._init_weights(module)
+        Host._init_weights(module)
         if isinstance(module, WindowAttention):
             nn.init.trunc_normal_(module.relative_position_bias_table, std=0.02)
 
     def no_weight_decay(self) -> set[str]:
         """Names of the position tables, which the authors do not decay."""
         return {name for name, _ in self.named_parameters() if name.endswith(_TABLE)}
-
-    def set_input_size(self, img_size: int | tuple[int, int] | None = None) -> None:
-        """Make the mixers' parameters ones for images of another size.
-
-        Args:
-            img_size: in pixels, an int or (H, W); None changes nothing.
-
-        Raises:
-            ValueError: not one or two sides, or one below the smallest.
-        """
-        if img_size is None:
-            return
-        self.input_size = checked_size(img_size, self.min_size)
-        for i, level in enumerate(self.layers):
-            for block in level.blocks:
-                if hasattr(block.attn, "set_input_size"):
-                    block.attn.set_input_size(self._map_size(i))
-        update_model_input_size(self, self.input_size)
 
 
 def _drop_buffers(module: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:
