@@ -28,6 +28,7 @@ from timm.models import get_arch_pretrained_cfgs
 from vitarium.backbones._registry import entries
 
 LEFT_OUT = "TorchScript (not supported), timm's own networks, weights that the package lacks"
+_SEQUENCES = "deit*"
 MARKERS = ("base", "forward", "backward", "cfg", "cfg_nonstd", "torchscript", "features")
 MARKERS += ("fxforward", "fxbackward", "timeout(seconds)")
 
@@ -41,20 +42,29 @@ class Suite:
 
     def list_models(
         self,
-        filter: object = "",
+        filter: str | list[str] = "",
         module: object = "",
         pretrained: bool = False,
-        exclude_filters: object = "",
+        exclude_filters: str | list[str] = "",
         name_matches_cfg: bool = False,
         include_tags: bool | None = None,
     ) -> list[str]:
-        """In place of timm's function; ``filter`` names networks of timm's, so none of ours."""
-        if filter:
+        """In place of timm's function.
+
+        One test of configs is for networks with maps, another one for those with sequences: timm
+        names the latter by filters, of which ``deit*`` is the one that fits some of ours.
+        """
+        names = self.names
+        if _SEQUENCES in filter:
+            names = [name for name in names if "_deit_" in name]
+        elif filter:  # of networks of timm's
             return []
-        cfgs = {tag: cfg for x in self.names for tag, cfg in get_arch_pretrained_cfgs(x).items()}
+        elif include_tags and _SEQUENCES in exclude_filters:
+            names = [name for name in names if "_deit_" not in name]
+        cfgs = {tag: cfg for x in names for tag, cfg in get_arch_pretrained_cfgs(x).items()}
         if pretrained:
             return [tag for tag, cfg in cfgs.items() if cfg.file]
-        return [*cfgs] if include_tags else self.names
+        return [*cfgs] if include_tags else names
 
     def entry(self, item: Any) -> str:
         """The entry that a test runs on, or an empty string."""
