@@ -12,6 +12,19 @@ from torch.utils.flop_counter import FlopCounterMode
 from vitarium.ops import _select
 
 
+def random_maps(
+    size: tuple[int, int], dtype: torch.dtype, batch: int, heads: int, head_dim: int, seed: int = 0
+) -> tuple[dict[str, Tensor], Callable[..., Tensor]]:
+    """Query, key and value as three views of one projection, and what draws further tensors."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+
+    qkv = normal(batch, *size, 3, heads, head_dim).unbind(3)
+    return dict(zip(("query", "key", "value"), qkv, strict=True)), normal
+
+
 def gradients(out: Tensor, leaves: Mapping[str, Tensor], seed: int = 7) -> dict[str, Tensor]:
     """Of a random projection of ``out``, whose gradient arrives non-contiguous."""
     generator = torch.Generator().manual_seed(seed)

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from golden import op_case, sample
-from harness import flops, gradients, record
+from harness import flops, gradients, random_maps, record
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -46,18 +46,8 @@ def inputs(
     head_dim: int = 8,
 ) -> dict[str, Tensor]:
     """Random leaves, strided like three views of one projection."""
-    generator = torch.Generator().manual_seed(0)
 
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
-
-    found = dict(
-        zip(
-            ("query", "key", "value"),
-            normal(batch, *size, 3, heads, head_dim).unbind(3),
-            strict=True,
-        )
-    )
+    found, normal = random_maps(size, dtype, batch, heads, head_dim)
     rows, columns = (agent_size, agent_size) if isinstance(agent_size, int) else agent_size
     agents, tokens = rows * columns, classes + size[0] * size[1]
     found["agent_bias"] = normal(heads, agents, tokens)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from golden import op_case, sample
-from harness import flops, gradients, record
+from harness import flops, gradients, random_maps, record
 from timm.models.davit import ChannelAttention, ChannelAttentionV2
 from torch import Tensor
 
@@ -31,11 +31,8 @@ def inputs(
     head_dim: int = 8,
 ) -> dict[str, Tensor]:
     """Random leaves, strided like three views of one projection."""
-    generator = torch.Generator().manual_seed(0)
-    shape = (batch, *size, 3, heads, head_dim)
-    qkv = torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype).unbind(3)
-    names = ("query", "key", "value")
-    return {name: x.requires_grad_() for name, x in zip(names, qkv, strict=True)}
+    found, _ = random_maps(size, dtype, batch, heads, head_dim)
+    return {name: x.requires_grad_() for name, x in found.items()}
 
 
 @pytest.mark.parametrize("impl", EXACT)

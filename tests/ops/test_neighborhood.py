@@ -10,7 +10,7 @@ import pytest
 import timm
 import torch
 from golden import op_case, sample
-from harness import flops, gradients, record
+from harness import flops, gradients, random_maps, record
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -51,14 +51,9 @@ def inputs(
     seed: int = 0,
 ) -> dict[str, Tensor]:
     """Random leaves, strided like three views of one projection."""
-    generator = torch.Generator().manual_seed(seed)
     kh, kw = (kernel, kernel) if isinstance(kernel, int) else kernel
 
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
-
-    qkv = normal(batch, *size, 3, heads, head_dim).unbind(3)
-    found = dict(zip(("query", "key", "value"), qkv, strict=True))
+    found, normal = random_maps(size, dtype, batch, heads, head_dim, seed)
     found["bias"] = normal(heads, 2 * kh - 1, 2 * kw - 1)
     if padded:
         found["pad"] = normal(3, heads, head_dim)

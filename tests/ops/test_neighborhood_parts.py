@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from golden import op_case, sample
-from harness import flops, gradients, record
+from harness import flops, gradients, random_maps, record
 from torch import Tensor
 
 from vitarium.ops import (
@@ -52,14 +52,9 @@ def inputs(
     seed: int = 0,
 ) -> dict[str, Tensor]:
     """Random leaves, maps strided like three views of one projection."""
-    generator = torch.Generator().manual_seed(seed)
     kh, kw = (kernel, kernel) if isinstance(kernel, int) else kernel
 
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
-
-    qkv = normal(batch, *size, 3, heads, head_dim).unbind(3)
-    found = dict(zip(("query", "key", "value"), qkv, strict=True))
+    found, normal = random_maps(size, dtype, batch, heads, head_dim, seed)
     found["bias"] = normal(heads, 2 * kh - 1, 2 * kw - 1)
     found["weights"] = normal(batch, *size, kh * kw, heads).transpose(3, 4)
     return {name: x.requires_grad_() for name, x in found.items()}

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from golden import op_case, sample
-from harness import flops, gradients, record
+from harness import flops, gradients, random_maps, record
 from timm.models.swin_transformer import SwinTransformerBlock
 from timm.models.swin_transformer_v2 import SwinTransformerV2Block
 from torch import Tensor
@@ -53,14 +53,9 @@ def inputs(
     seed: int = 0,
 ) -> dict[str, Tensor]:
     """Random leaves; the maps are three views of one projection."""
-    generator = torch.Generator().manual_seed(seed)
     wh, ww = (window, window) if isinstance(window, int) else window
 
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
-
-    qkv = normal(batch, *size, 3, heads, head_dim).unbind(3)
-    found = dict(zip(("query", "key", "value"), qkv, strict=True))
+    found, normal = random_maps(size, dtype, batch, heads, head_dim, seed)
     found["bias"] = normal(heads, 2 * wh - 1, 2 * ww - 1)
     if cosine:
         found["logit_scale"] = normal(heads) + torch.arange(heads).to(dtype) * 3

@@ -66,3 +66,27 @@ def define(
     register_flop_formula(packet)(flops)
     op: Callable[..., Any] = packet.default
     return op
+
+
+def from_inputs(
+    backward: Callable[..., Any], tensors: int
+) -> tuple[Callable[..., None], Callable[..., Any]]:
+    """``setup_context`` and ``backward`` of an op whose gradient computes again from its inputs.
+
+    Args:
+        backward: gets the gradient and all inputs, and gives the gradients of the tensors.
+        tensors: how many of the inputs, the first ones, are tensors or None.
+    """
+
+    def keep(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        del output
+        ctx.save_for_backward(*inputs[:tensors])
+        ctx.rest = inputs[tensors:]
+
+    def gradient(ctx: Any, grad: Any) -> tuple[Any, ...]:
+        grads = backward(grad, *ctx.saved_tensors, *ctx.rest)
+        wanted = ctx.needs_input_grad[:tensors]
+        found = (g if want else None for g, want in zip(grads, wanted, strict=True))
+        return *found, *(None for _ in ctx.rest)
+
+    return keep, gradient

@@ -157,3 +157,17 @@ def is_exporting() -> bool:
     Torch 2.10 says so of everything that it compiles; ordinary functions are right there too.
     """
     return torch.compiler.is_exporting() or torch.jit.is_tracing()
+
+
+def larger(size: int, other: int) -> int:
+    """The larger one of two sizes, which may be unknown while a graph is being recorded."""
+    unknown: Any = torch.sym_max  # which torch 2.10 cannot compile for known sizes
+    known = isinstance(size, int) and isinstance(other, int)
+    return max(size, other) if known else unknown(size, other)
+
+
+def smaller(size: int, other: int) -> int:
+    """The smaller one of two sizes, which may be unknown while a graph is being recorded."""
+    unknown: Any = torch.sym_min
+    known = isinstance(size, int) and isinstance(other, int)
+    return min(size, other) if known else unknown(size, other)

@@ -245,25 +245,11 @@ _attention_backward = _dispatch.define(
 )
 
 
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    del output
-    ctx.save_for_backward(*inputs[:5])
-    ctx.shape = inputs[5:]
-
-
-def _gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    grads = _attention_backward(grad, *ctx.saved_tensors, *ctx.shape)
-    wanted = ctx.needs_input_grad[:5]
-    found = (g if want else None for g, want in zip(grads, wanted, strict=True))
-    return *found, None, None, None
-
-
 _attention = _dispatch.define(
     "agent_attention_aten",
     f"({_ARGUMENTS}) -> Tensor",
     _forward,
     _fake_forward,
     _flops,
-    _keep,
-    _gradient,
+    *_dispatch.from_inputs(_attention_backward, 5),
 )

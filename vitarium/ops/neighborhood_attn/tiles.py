@@ -15,11 +15,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from vitarium.ops import _select
 
 Pair = tuple[int, int]
 Strip = tuple[Pair, Pair, int]  # first query and number, first key and number, kind
@@ -44,14 +46,10 @@ class Axis(NamedTuple):
 
 def padded_size(size: Pair, kernel: Pair, dilation: Pair) -> Pair:
     """The smallest map from ``size`` on that holds every class's window."""
-    height, width = (larger(n, k * d) for n, k, d in zip(size, kernel, dilation, strict=True))
+    height, width = (
+        _select.larger(n, k * d) for n, k, d in zip(size, kernel, dilation, strict=True)
+    )
     return height, width
-
-
-def larger(size: int, least: int) -> int:
-    """The maximum; of a size that is unknown while tracing, one that decides nothing."""
-    unknown: Any = torch.sym_max
-    return max(size, least) if isinstance(size, int) else unknown(size, least)
 
 
 def count(length: int, dilation: int, tile: int) -> int:
@@ -160,7 +158,7 @@ def traced(size: Pair, padded: Pair, kernel: Pair, dilation: Pair, device: torch
     th, tw = _TRACED_TILE
     for length, full, k, d, tile in zip(size, padded, kernel, dilation, (th, tw), strict=True):
         # at least two: torch makes programs of their own for sizes of one
-        number = larger(count(length, d, tile), 2)
+        number = _select.larger(count(length, d, tile), 2)
         axes.append(axis(length, full, k, d, tile, number, tile + k - 1, device))
     rows, columns = axes
     query = positions(rows.query, columns.query, size)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import torch
+from vitarium.ops import _select
 
 
 class Axis(NamedTuple):
@@ -30,7 +30,7 @@ def axis(length: int, num_regions: int, completed: bool) -> Axis:
             have ``length // num_regions`` tokens, the last one is completed, and there may be more.
     """
     size = -(-length // num_regions) if completed else length // num_regions
-    real: Any = (length + size - 1) // size
+    real = (length + size - 1) // size
     if not completed:
-        real = torch.sym_max(real, num_regions)  # it is; a traced program needs the bound
+        real = _select.larger(real, num_regions)  # it is; a traced program needs the bound
     return Axis(size, num_regions if completed else real, real)

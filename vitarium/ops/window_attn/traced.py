@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vitarium.ops import _select
 from vitarium.ops.window_attn import windows
 
 if TYPE_CHECKING:
@@ -33,15 +34,14 @@ def _axis(
     length: int, window: int, shift: int, semantics: str, shorter: int, device: torch.device
 ) -> _Axis:
     """Cut an axis; ``shorter`` is the map's shorter side."""
-    symbolic: Any = torch  # whose functions of unknown sizes have no types
     least = length if semantics == "timm" else shorter  # what windows are clamped to
     used = window
     if semantics == "authors_padded":
-        used = symbolic.sym_min(window, shorter)
+        used = _select.smaller(window, shorter)
     count = 1 if window is length else (length + used - 1) // used
     padded = count * used
     if not isinstance(count, int):
-        count = symbolic.sym_max(count, 2)  # torch makes programs of their own for sizes of one
+        count = _select.larger(count, 2)  # torch makes programs of their own for sizes of one
     inner = torch.arange(window, device=device)
     slot = inner + used * torch.arange(count, device=device)[:, None]
     index = torch.arange(length, device=device)
@@ -72,8 +72,7 @@ def run(call: Call) -> Tensor:
         window, shift = windows.clamped((height, width), window, shift, semantics)
     table = windows.full((height, width), call.window_size)
     window = windows.full((height, width), window)
-    symbolic: Any = torch
-    shorter = symbolic.sym_min(height, width)
+    shorter = _select.smaller(height, width)
     rows, columns = (
         _axis(n, w, s, semantics, shorter, device)
         for n, w, s in zip((height, width), window, shift, strict=True)
