@@ -8,6 +8,9 @@ os.environ["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] = "1"
 import pytest
 import torch
 
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before Triton loads: its kernels then run on a CPU
+
 import vitarium  # noqa: F401  (registers the backbones)
 from vitarium.ops import _select
 

@@ -54,6 +54,6 @@ def record(monkeypatch: pytest.MonkeyPatch, op: str) -> list[str]:
             ran.append(name)
             return run(call)
 
-        recorded = _select.Implementation(spy, implementation.unsupported, implementation.automatic)
+        recorded = _select.Implementation(spy, implementation.unsupported, implementation.reserved)
         monkeypatch.setitem(_select.ops[op].implementations, name, recorded)
     return ran

@@ -22,13 +22,28 @@ _overrides: list[Mapping[str, str]] = []
 class Implementation:
     """One way to compute an op.
 
-    ``run(call)`` computes it; ``unsupported(call)`` says why it cannot, or None.
-    ``automatic`` implementations are candidates for ``auto``, in the op's order.
+    ``run(call)`` computes it; ``unsupported(call)`` says why it cannot, or None;
+    ``reserved(call)`` says why ``auto`` leaves a call that it can run to those behind it in the
+    op's order, or None.
     """
 
     run: Callable[[Any], Tensor]
     unsupported: Callable[[Any], str | None]
-    automatic: bool = False
+    reserved: Callable[[Any], str | None]
+
+    def passed(self, call: Any) -> str | None:
+        """Why ``auto`` does not take it for ``call``, or None."""
+        return self.unsupported(call) or self.reserved(call)
+
+
+def on_request(call: Any) -> str | None:
+    """What `Implementation.reserved` says where ``auto`` never chooses."""
+    return "only on request (impl= or VITARIUM_OPS)"
+
+
+def always(call: Any) -> str | None:
+    """What `Implementation.reserved` says where ``auto`` chooses whatever can run."""
+    return None
 
 
 @dataclass(frozen=True)
@@ -47,7 +62,7 @@ class Op:
         requested = self._requested(impl)
         if requested == "auto":
             for name, candidate in self.implementations.items():
-                if candidate.automatic and candidate.unsupported(call) is None:
+                if candidate.passed(call) is None:
                     return name
             raise ValueError(f"{self.name}: no implementation can run this call")
         if requested not in self.implementations:
@@ -112,16 +127,30 @@ def use_impl(choice: str | Mapping[str, str]) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Explanation:
-    """What `explain` found: the implementation that runs, and for each other one why not."""
+    """What `explain` found.
+
+    Attributes:
+        op: its short name.
+        chosen: the implementation that runs.
+        reasons: for each one why it cannot run, or None.
+        reserved: for each one that can run why ``auto`` passes over it, or None.
+    """
 
     op: str
     chosen: str
     reasons: Mapping[str, str | None]
+    reserved: Mapping[str, str | None]
+
+    def why_not(self, name: str) -> str:
+        """Why an implementation that is not chosen is not, in words."""
+        return self.reasons[name] or self.reserved[name] or "can run"
 
     def __str__(self) -> str:
         lines = [f"{self.op}: {self.chosen} runs"]
-        for name, reason in self.reasons.items():
-            lines.append(f"  {name}: {reason or ('chosen' if name == self.chosen else 'can run')}")
+        for name in self.reasons:
+            able = "can run; " if self.reasons[name] is None and self.reserved[name] else ""
+            why = "chosen" if name == self.chosen else able + self.why_not(name)
+            lines.append(f"  {name}: {why}")
         return "\n".join(lines)
 
 
@@ -142,8 +171,11 @@ def explain(op: str | Callable[..., Tensor], *args: Any, **kwargs: Any) -> Expla
         raise ValueError(f"op: expected one of {', '.join(sorted(ops))}, got {op!r}")
     impl = kwargs.pop("impl", None)
     call = ops[name].prepare(*args, **kwargs)
-    reasons = {k: v.unsupported(call) for k, v in ops[name].implementations.items()}
-    return Explanation(name, ops[name].choose(call, impl), reasons)
+    implementations = ops[name].implementations
+    reasons = {k: v.unsupported(call) for k, v in implementations.items()}
+    able = {k: v for k, v in implementations.items() if reasons[k] is None}
+    reserved = {k: v.reserved(call) for k, v in able.items()}
+    return Explanation(name, ops[name].choose(call, impl), reasons, reserved)
 
 
 def is_tracing() -> bool:

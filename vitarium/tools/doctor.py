@@ -78,9 +78,7 @@ def _choice(op: str, arguments: dict[str, Any]) -> str:
     except ValueError as error:  # VITARIUM_OPS asks for what cannot run
         return str(error)
     others = [
-        f"\n  not {name}: {reason or 'only on request (impl= or VITARIUM_OPS)'}"
-        for name, reason in found.reasons.items()
-        if name != found.chosen
+        f"\n  not {name}: {found.why_not(name)}" for name in found.reasons if name != found.chosen
     ]
     return found.chosen + "".join(others)
 

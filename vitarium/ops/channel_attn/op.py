@@ -52,8 +52,10 @@ _op = _select.register(
         "channel",
         _prepare,
         {
-            "reference": _select.Implementation(reference.run, reference.unsupported),
-            "aten": _select.Implementation(aten.run, aten.unsupported, automatic=True),
+            "reference": _select.Implementation(
+                reference.run, reference.unsupported, _select.on_request
+            ),
+            "aten": _select.Implementation(aten.run, aten.unsupported, _select.always),
         },
     )
 )

@@ -61,9 +61,13 @@ _op = _select.register(
         "neighborhood",
         _prepare,
         {
-            "reference": _select.Implementation(reference.run, reference.unsupported),
-            "aten": _select.Implementation(aten.run, aten.unsupported, automatic=True),
-            "natten": _select.Implementation(natten_launch.run, natten_launch.unsupported),
+            "reference": _select.Implementation(
+                reference.run, reference.unsupported, _select.on_request
+            ),
+            "aten": _select.Implementation(aten.run, aten.unsupported, _select.always),
+            "natten": _select.Implementation(
+                natten_launch.run, natten_launch.unsupported, _select.on_request
+            ),
         },
     )
 )

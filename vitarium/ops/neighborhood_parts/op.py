@@ -72,8 +72,10 @@ _scores = _select.register(
         "neighborhood_scores",
         _prepare_scores,
         {
-            "reference": _select.Implementation(reference.scores, reference.unsupported),
-            "aten": _select.Implementation(aten.scores, aten.unsupported, automatic=True),
+            "reference": _select.Implementation(
+                reference.scores, reference.unsupported, _select.on_request
+            ),
+            "aten": _select.Implementation(aten.scores, aten.unsupported, _select.always),
         },
     )
 )
@@ -82,8 +84,10 @@ _mix = _select.register(
         "neighborhood_mix",
         _prepare_mix,
         {
-            "reference": _select.Implementation(reference.mix, reference.unsupported),
-            "aten": _select.Implementation(aten.mix, aten.unsupported, automatic=True),
+            "reference": _select.Implementation(
+                reference.mix, reference.unsupported, _select.on_request
+            ),
+            "aten": _select.Implementation(aten.mix, aten.unsupported, _select.always),
         },
     )
 )
