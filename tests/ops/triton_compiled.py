@@ -17,6 +17,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,7 @@ def main() -> None:
     parser.add_argument("--arch", type=int, default=90)
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
     parser.add_argument("--call", help="only calls whose name holds this")
+    parser.add_argument("--count", type=int, help="only so many calls of each op")
     parser.add_argument("--first", action="store_true", help="only the first configuration")
     parser.add_argument("--sass", help="a folder for the machine code")
     args = parser.parse_args()
@@ -93,7 +95,7 @@ def main() -> None:
 
     _triton.launch = compile_only
     for op in args.ops or OPS:
-        for name, make in import_module(f"calls_{op}").CALLS.items():
+        for name, make in islice(import_module(f"calls_{op}").CALLS.items(), args.count):
             if args.call and args.call not in name:
                 continue
             label = f"{op} {name} {args.dtype}"

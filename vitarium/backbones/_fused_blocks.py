@@ -2,7 +2,7 @@
 
 Each class is timm's with another ``forward``: a block becomes one of ours, and timm's again, by
 its class alone. Parameters, buffers, hooks and settings stay where they are. Where no gradient is
-wanted, blocks also take their products, GELU and residuals from `vitarium.ops._linear`.
+wanted, blocks on a CPU also take their products, GELU and residuals from `vitarium.ops._linear`.
 
 Shapes: B images, H x W tokens of the stage at hand, C channels. Tokens are [B, H, W, C].
 """
@@ -136,7 +136,8 @@ class FusedChannelAttentionV2(davit.ChannelAttentionV2):
 def _needs_modules(x: Tensor) -> bool:
     """Whether functions of one precision and of our own are out of place."""
     return (
-        (not x.is_meta and torch.is_autocast_enabled(x.device.type))
+        x.is_cuda  # where no library joins more than the compiler does
+        or (not x.is_meta and torch.is_autocast_enabled(x.device.type))
         or _select.is_exporting()
         or (torch.is_grad_enabled() and _select.is_tracing())  # inductor joins what it sees
     )

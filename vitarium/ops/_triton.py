@@ -92,8 +92,8 @@ def block(size: int, least: int = 16) -> int:
 
 def precision(dtype: torch.dtype) -> str:
     """``input_precision`` of products: as exact as torch's own of that dtype are set to be."""
-    tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
-    return "tf32" if tf32 else "ieee"
+    tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return "tf32" if tf32 and dtype == torch.float32 else "ieee"
 
 
 def readable(x: Tensor) -> Tensor:
