@@ -134,6 +134,8 @@ def launch(
         key: names of arguments that make another kind of call; dtypes always do. Batch sizes
             and sizes of maps are none: each new one would be timed again.
     """
+    if interpreted():
+        _mend_interpreter()
     with on(next(x for x in arguments.values() if isinstance(x, Tensor)).device), _lock:
         choice = configs if _may_tune(kernel, arguments, key, len(configs)) else configs[:1]
         if len(choice) > 1:
@@ -141,6 +143,24 @@ def launch(
             return
         blocks, num_warps, num_stages = choice[0]
         kernel[grid](**arguments, **blocks, num_warps=num_warps, num_stages=num_stages)
+
+
+@cache
+def _mend_interpreter() -> None:
+    """Let the interpreter multiply bfloat16, of which it takes the bits for integers."""
+    import triton.language as tl
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    dot = InterpreterBuilder.create_dot
+
+    def create_dot(self: Any, *operands: Any) -> Any:
+        a, b = (
+            self.cast_impl(x, tl.float32) if x.dtype.scalar == tl.bfloat16 else x
+            for x in operands[:2]
+        )
+        return dot(self, a, b, *operands[2:])
+
+    InterpreterBuilder.create_dot = create_dot
 
 
 def _may_tune(kernel: Any, arguments: Mapping[str, Any], key: Sequence[str], count: int) -> bool:
