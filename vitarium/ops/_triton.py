@@ -147,20 +147,25 @@ def launch(
 
 @cache
 def _mend_interpreter() -> None:
-    """Let the interpreter multiply bfloat16, of which it takes the bits for integers."""
+    """Let the interpreter multiply bfloat16, of which it takes the bits for integers, and round."""
     import triton.language as tl
-    from triton.runtime.interpreter import InterpreterBuilder
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
-    dot = InterpreterBuilder.create_dot
+    dot, cast = InterpreterBuilder.create_dot, InterpreterBuilder.cast_impl
 
     def create_dot(self: Any, *operands: Any) -> Any:
         a, b = (
-            self.cast_impl(x, tl.float32) if x.dtype.scalar == tl.bfloat16 else x
-            for x in operands[:2]
+            cast(self, x, tl.float32) if x.dtype.scalar == tl.bfloat16 else x for x in operands[:2]
         )
         return dot(self, a, b, *operands[2:])
 
-    InterpreterBuilder.create_dot = create_dot
+    def cast_impl(self: Any, source: Any, dtype: Any) -> Any:
+        if source.dtype.scalar != tl.float32 or dtype.scalar != tl.bfloat16:
+            return cast(self, source, dtype)
+        rounded = torch.tensor(source.data).bfloat16().view(torch.int16)
+        return TensorHandle(rounded.numpy().view("uint16"), tl.bfloat16)
+
+    InterpreterBuilder.create_dot, InterpreterBuilder.cast_impl = create_dot, cast_impl
 
 
 def _may_tune(kernel: Any, arguments: Mapping[str, Any], key: Sequence[str], count: int) -> bool:
