@@ -8,8 +8,6 @@ scaled_dot_product_attention with channels in the place of tokens.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vitarium.ops import _dispatch, _select
+from vitarium.ops.channel_attn import formulas
 
 if TYPE_CHECKING:
     from vitarium.ops.channel_attn.op import Call
@@ -68,15 +67,11 @@ def _weights(weights: Tensor) -> tuple[Tensor, ...]:
     return weights.unbind(0 if _by_image(*weights.shape[:2]) else 1)
 
 
-def _scale(left: Tensor, scale: float | None) -> float:
-    return float((left.shape[1] * left.shape[2]) ** -0.5) if scale is None else scale
-
-
 def _forward(
     left: Tensor, right: Tensor, mixed: Tensor, scale: float | None
 ) -> tuple[Tensor, Tensor]:
     """The map, and the weights that the backward pass needs; half precision computes in float32."""
-    weights = _products(left, right).mul_(_scale(left, scale))
+    weights = _products(left, right).mul_(formulas.factor(left, scale))
     torch.softmax(weights, -1, out=weights)
     out = left.new_empty(left.shape)
     _mix(mixed, weights.mT, out)
@@ -89,7 +84,7 @@ def _backward(
     """Gradients of left, right and mixed."""
     grads = _fake_backward(left)
     scores = torch._softmax_backward_data(_products(grad, mixed), weights, -1, weights.dtype)
-    scores.mul_(_scale(left, scale))
+    scores.mul_(formulas.factor(left, scale))
     _mix(right, scores.mT, grads[0])
     _mix(left, scores, grads[1])
     _mix(grad, weights, grads[2])
@@ -111,16 +106,6 @@ def _fake_backward(left: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return x, y, z
 
 
-def _flops(left: Sequence[int], *_: Any, **__: Any) -> int:
-    """Scores and mixing."""
-    return 4 * math.prod(left) * left[-1]
-
-
-def _flops_backward(grad: Sequence[int], *_: Any, **__: Any) -> int:
-    """Two products for each of them: the weights are kept."""
-    return 8 * math.prod(grad) * grad[-1]
-
-
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(*inputs[:3], output[1])
@@ -139,14 +124,14 @@ _attention_backward = _dispatch.define(
     "-> (Tensor, Tensor, Tensor)",
     _backward,
     lambda grad, left, *_: _fake_backward(left),
-    _flops_backward,
+    formulas.flops_backward,
 )
 _attention = _dispatch.define(
     "channel_attention_aten",
     "(Tensor left, Tensor right, Tensor mixed, float? scale) -> (Tensor, Tensor)",
     _forward,
     _fake_forward,
-    _flops,
+    formulas.flops,
     _keep,
     _gradient,
 )

@@ -9,7 +9,7 @@ from timm.layers import register_notrace_function
 from torch import Tensor
 
 from vitarium.ops import _checks, _select
-from vitarium.ops.channel_attn import aten, reference
+from vitarium.ops.channel_attn import aten, reference, triton_launch
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,9 @@ _op = _select.register(
             "reference": _select.Implementation(
                 reference.run, reference.unsupported, _select.on_request
             ),
+            "triton": _select.Implementation(
+                triton_launch.run, triton_launch.unsupported, triton_launch.reserved
+            ),
             "aten": _select.Implementation(aten.run, aten.unsupported, _select.always),
         },
     )
@@ -86,7 +89,7 @@ def channel_attention(
         mode: ``"davit"`` or ``"florence"``.
         scale: factor of the scores; if None, ``head_dim ** -0.5`` for ``"davit"`` and
             ``(H * W) ** -0.5`` for ``"florence"``.
-        impl: ``"reference"``, ``"aten"`` or ``"auto"``; None leaves the choice to
+        impl: ``"reference"``, ``"triton"``, ``"aten"`` or ``"auto"``; None leaves the choice to
             `vitarium.ops.use_impl`, the environment variable VITARIUM_OPS and ``auto``.
 
     Returns:
@@ -99,6 +102,10 @@ def channel_attention(
     Implementations:
         ``reference``: any device, floating dtype and head_dim; computes in float64; gradients
         of everything; the definition of correct.
+        ``triton``: CUDA devices of compute capability 8.0 on; float16, bfloat16 and float32;
+        head_dim up to 128; sums in float32, weights in the maps' dtype; gradients of
+        everything; deterministic; one op to torch.compile and torch.export. ``auto`` takes it
+        wherever it runs, but not while exporting.
         ``aten``: any device, floating dtype and head_dim; half precision computes in float32;
         gradients of everything; deterministic; one op to torch.compile, ordinary functions to
         torch.export.
