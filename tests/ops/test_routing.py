@@ -571,7 +571,10 @@ def test_which_implementation_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("routing", routing_attention):
         found = explain(name, **args)
         assert found.chosen == "aten"
-        assert found.reasons == {"reference": None, "aten": None}
+        assert list(found.reasons) == ["reference", "triton", "aten"]
+        assert found.reasons["reference"] is None
+        assert found.reasons["triton"]  # float64
+        assert found.reasons["aten"] is None
 
 
 # Bad input.

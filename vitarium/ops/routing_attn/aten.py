@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vitarium.ops import _dispatch, _select
-from vitarium.ops.routing_attn.regions import Axis, axis
+from vitarium.ops.routing_attn.regions import Axis, cuts, product_flops
 
 if TYPE_CHECKING:
     from vitarium.ops.routing_attn.op import Call
@@ -52,9 +52,7 @@ def _exact(dtype: torch.dtype) -> torch.dtype:
 
 
 def _axes(query: Tensor, pad: Tensor | None, num_regions: Sequence[int]) -> tuple[Axis, Axis]:
-    height, width = query.shape[1:3]
-    rows, columns = num_regions
-    return axis(height, rows, pad is not None), axis(width, columns, pad is not None)
+    return cuts(query.shape[1:3], num_regions, pad is not None)
 
 
 def _cut(x: Tensor, counts: Sequence[int], axes: tuple[Axis, Axis], fill: Any = 0) -> Tensor:
@@ -299,32 +297,15 @@ def _fake_backward(
     return tuple(_like(x, query) for x in (query, key, value, pad, weights))
 
 
-def _products(
-    query: Sequence[int],
-    value: Sequence[int],
-    pad: Any,
-    num_regions: Sequence[int],
-    topk: int,
-) -> tuple[int, int]:
-    """FLOPs of all scores, and of mixing all values, of real queries with their regions' keys."""
-    sizes = (
-        axis(length, count, pad is not None).size
-        for length, count in zip(query[1:3], num_regions, strict=True)
-    )
-    keys = topk * math.prod(sizes)
-    return 2 * math.prod(query) * keys, 2 * math.prod(value) * keys
-
-
 def _flops(query: Sequence[int], *rest: Any, **_: Any) -> int:
-    """Queries of padding are free."""
     _, value, pad, _, _, num_regions, topk, _ = rest
-    return sum(_products(query, value, pad, num_regions, topk))
+    return sum(product_flops(query, value, num_regions, pad is not None, topk))
 
 
 def _flops_backward(grad: Sequence[int], *rest: Any, **_: Any) -> int:
     """As torch counts scaled_dot_product_attention: five products, the scores once more."""
     query, _, value, pad, _, _, chosen, _, num_regions, _ = rest
-    scores, mixing = _products(query, value, pad, num_regions, chosen[2])
+    scores, mixing = product_flops(query, value, num_regions, pad is not None, chosen[2])
     return 3 * scores + 2 * mixing
 
 

@@ -8,7 +8,7 @@ from timm.layers import register_notrace_function
 from torch import Tensor
 
 from vitarium.ops import _checks, _select
-from vitarium.ops.routing_attn import aten, reference, regions
+from vitarium.ops.routing_attn import aten, reference, regions, triton_launch
 
 
 @dataclass(frozen=True)
@@ -28,10 +28,7 @@ class Call:
     @property
     def axes(self) -> tuple[regions.Axis, regions.Axis]:
         """How rows and columns are cut."""
-        completed = self.pad is not None
-        rows, columns = self.num_regions
-        height, width = self.query.shape[1:3]
-        return regions.axis(height, rows, completed), regions.axis(width, columns, completed)
+        return regions.cuts(self.query.shape[1:3], self.num_regions, self.pad is not None)
 
 
 def _prepare(
@@ -92,6 +89,9 @@ _op = _select.register(
         {
             "reference": _select.Implementation(
                 reference.run, reference.unsupported, _select.on_request
+            ),
+            "triton": _select.Implementation(
+                triton_launch.run, triton_launch.unsupported, triton_launch.reserved
             ),
             "aten": _select.Implementation(aten.run, aten.unsupported, _select.always),
         },

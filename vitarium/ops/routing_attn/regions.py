@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from vitarium.ops import _select
@@ -34,3 +36,24 @@ def axis(length: int, num_regions: int, completed: bool) -> Axis:
     if not completed:
         real = _select.larger(real, num_regions)  # it is; a traced program needs the bound
     return Axis(size, num_regions if completed else real, real)
+
+
+def cuts(size: Sequence[int], num_regions: Sequence[int], completed: bool) -> tuple[Axis, Axis]:
+    """Cut both axes of a map: along H, along W."""
+    (height, width), (rows, columns) = size, num_regions
+    return axis(height, rows, completed), axis(width, columns, completed)
+
+
+def product_flops(
+    query: Sequence[int],
+    value: Sequence[int],
+    num_regions: Sequence[int],
+    completed: bool,
+    topk: int,
+) -> tuple[int, int]:
+    """FLOPs of all scores, and of mixing all values, of real queries with their regions' keys.
+
+    Takes the shapes of query and value; queries of padding are free.
+    """
+    keys = topk * math.prod(cut.size for cut in cuts(query[1:3], num_regions, completed))
+    return 2 * math.prod(query) * keys, 2 * math.prod(value) * keys

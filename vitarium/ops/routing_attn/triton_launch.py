@@ -1,0 +1,345 @@
+"""Launches the Triton kernels of bi-level routing attention.
+
+One kernel gives the means of all regions, torch chooses by them, and one attends: chosen keys and
+values are read where they lie, never gathered. The gradient of the queries runs over the same
+regions; that of keys and values over the list of the regions of queries that chose theirs, so that
+no sum has an order that could change.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from vitarium.ops import _dispatch, _triton
+from vitarium.ops.routing_attn.regions import Axis, cuts, product_flops
+
+if TYPE_CHECKING:
+    from vitarium.ops.routing_attn.op import Call
+
+_SPAN = 256  # tokens of a region that one program adds up
+_LEAST = 16  # rows of a product: a region of fewer tokens is as much work
+_KEY = ("HEADS", "HEAD_DIM", "VALUE_DIM", "UNIT", "DENSE", "MASKED", "RAGGED", "PADDED", "BLOCK_M")
+
+
+def unsupported(call: Call) -> str | None:
+    """Why no kernel runs a call, or None."""
+    if call.soft_routing:
+        return "kernels choose regions without weights, got soft_routing"
+    return _triton.unsupported(call.query, call.value)
+
+
+def reserved(call: Call) -> str | None:
+    """Why ``auto`` leaves a call that kernels could run, or None."""
+    return _triton.reserved(call.query)
+
+
+def run(call: Call) -> Tensor:
+    """Choose regions and attend to them."""
+    maps = (call.query, call.key, call.value, call.pad)
+    out: Tensor = _attention(*maps, call.num_regions, call.topk, call.scale)[0]
+    return out
+
+
+def _length(cut: tuple[Axis, Axis]) -> int:
+    return cut[0].size * cut[1].size
+
+
+def _totals(cut: tuple[Axis, Axis]) -> tuple[int, int]:
+    """Regions of queries, and of keys."""
+    return cut[0].real * cut[1].real, cut[0].total * cut[1].total
+
+
+def _dense(cut: tuple[Axis, Axis], topk: int) -> bool:
+    """Whether kernels multiply all tokens of an image and mask what was not chosen.
+
+    They do where that is no more work, for products have a least size.
+    """
+    length, count = _length(cut), _totals(cut)[1]
+    small = 1 < length <= _LEAST and topk <= 32  # so that a word holds the regions of a block
+    return topk == count or (small and length * count <= _LEAST * topk)
+
+
+def _strides(**maps: Tensor) -> dict[str, int]:
+    """Strides in the largest unit that divides all of them, up to 16 bytes; and the unit."""
+    itemsize = next(iter(maps.values())).itemsize
+    unit = math.gcd(16 // itemsize, *(n for x in maps.values() for n in x.stride()[:4]))
+    found = {"UNIT": unit}
+    for name, x in maps.items():
+        strides = zip("bhwn", x.stride()[:4], strict=True)
+        found |= {f"{name}_stride_{axis}": n // unit for axis, n in strides}
+    return found
+
+
+def _arguments(
+    query: Tensor, value: Tensor, pad: Tensor | None, cut: tuple[Axis, Axis], topk: int
+) -> dict[str, Any]:
+    """What kernels that attend know of maps and regions, and the modes they have."""
+    rows, columns = cut
+    height, width, heads, head_dim = query.shape[1:]
+    queries, keys = _totals(cut)
+    ragged = (rows.padded, columns.padded) != (height, width)
+    dense = _dense(cut, topk)
+    return {
+        "pad_ptr": query if pad is None else pad,
+        "height": height,
+        "width": width,
+        "region_height": rows.size,
+        "region_width": columns.size,
+        "query_columns": columns.real,
+        "key_columns": columns.total,
+        "query_regions": queries,
+        "key_regions": keys,
+        "HEADS": heads,
+        "HEAD_DIM": head_dim,
+        "VALUE_DIM": value.shape[4],
+        "TOPK": topk,
+        "DENSE": dense,
+        "MASKED": dense and topk < keys,
+        "RAGGED": ragged,
+        "PADDED": ragged and pad is not None,
+        "PRECISION": _triton.precision(query.dtype),
+        "BLOCK_D": _triton.block(head_dim),
+        "BLOCK_E": _triton.block(value.shape[4]),
+        "BLOCK_K": _triton.block(topk, 1),
+        "BLOCK_M": 64 if dense else min(64, _triton.block(_length(cut))),
+    }
+
+
+def _configs(arguments: Mapping[str, Any]) -> list[_triton.Config]:
+    """Blocks of slots that are looped over."""
+    return [_triton.Config({"BLOCK_N": 64}, max(1, arguments["BLOCK_M"] // 16), 2)]
+
+
+def _programs(arguments: Mapping[str, Any], owners: str) -> int:
+    """Blocks of slots of regions, ``arguments[owners]`` in an image, of all images and heads."""
+    count, length = arguments[owners], arguments["region_height"] * arguments["region_width"]
+    block = arguments["BLOCK_M"]
+    blocks = -(-count * length // block) if arguments["DENSE"] else count * -(-length // block)
+    programs: int = len(arguments["q_ptr"]) * arguments["HEADS"] * blocks
+    return programs
+
+
+def _launch(kernel: Any, arguments: Mapping[str, Any], owners: str) -> None:
+    """Run a kernel of which each program owns a block of slots."""
+    programs = _programs(arguments, owners)
+    _triton.launch(kernel, lambda _: (programs,), arguments, _configs(arguments), _KEY)
+
+
+def _choose(
+    query: Tensor, key: Tensor, pad: Tensor | None, cut: tuple[Axis, Axis], topk: int
+) -> Tensor:
+    """The regions of keys that each region of queries attends to, [B, R, topk]."""
+    from vitarium.ops.routing_attn import triton_kernels
+
+    batch, height, width, heads, head_dim = query.shape
+    rows, columns = cut
+    channels, length, count = heads * head_dim, _length(cut), _totals(cut)[1]
+    parts = -(-length // _SPAN)
+    block_n, block_c = min(32, _triton.block(length, 1)), min(128, _triton.block(channels))
+    means = query.new_empty((batch, parts, 2, count, channels), dtype=torch.float32)
+    arguments = {
+        **_strides(q=query, k=key),
+        "q_ptr": query,
+        "k_ptr": key,
+        "pad_ptr": query if pad is None else pad,
+        "mean_ptr": means,
+        "height": height,
+        "width": width,
+        "region_height": rows.size,
+        "region_width": columns.size,
+        "key_columns": columns.total,
+        "key_regions": count,
+        "parts": parts,
+        "span": _SPAN,
+        "HEADS": heads,
+        "HEAD_DIM": head_dim,
+        "PADDED": pad is not None,
+        "BLOCK_N": block_n,
+        "BLOCK_C": block_c,
+    }
+    programs = -(-channels // block_c) * parts * count * batch
+    config = _triton.Config({}, min(4, max(1, block_n * block_c // 1024)), 2)
+    _triton.launch(triton_kernels._routing_mean_kernel, lambda _: (programs,), arguments, [config])
+    queries, keys = (means[:, 0] if parts == 1 else means.sum(1)).unbind(1)
+    queries = queries.unflatten(1, (rows.total, columns.total))[:, : rows.real, : columns.real]
+    return torch.topk(queries.flatten(1, 2) @ keys.mT, topk, sorted=False).indices
+
+
+def _forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    pad: Tensor | None,
+    num_regions: Sequence[int],
+    topk: int,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The output, logarithmic sums to base 2 [B, heads, R * L] and chosen regions [B, R, topk]."""
+    out, sums, chosen = _fake_forward(query, key, value, pad, num_regions, topk)
+    if query.shape[0] == 0:
+        return out, sums, chosen
+    from vitarium.ops.routing_attn import triton_kernels
+
+    query, key, value = (_triton.readable(x) for x in (query, key, value))
+    pad = None if pad is None else pad.contiguous()
+    cut = cuts(query.shape[1:3], num_regions, pad is not None)
+    chosen = _choose(query, key, pad, cut, topk)
+    arguments = {
+        **_strides(q=query, k=key, v=value),
+        **_arguments(query, value, pad, cut, topk),
+        "q_ptr": query,
+        "k_ptr": key,
+        "v_ptr": value,
+        "chosen_ptr": chosen,
+        "out_ptr": out,
+        "sums_ptr": sums,
+        "scale": scale,
+    }
+    _launch(triton_kernels._routing_fwd_kernel, arguments, "query_regions")
+    return out, sums, chosen
+
+
+def _callers(chosen: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Who chose each of ``count`` regions: places in ``chosen``, and where each region's begin.
+
+    Places are [B, R * topk] of images' [R, topk], and beginnings [B, count + 1].
+    """
+    ordered, places = torch.sort(chosen.flatten(1), dim=1, stable=True)
+    wanted = torch.arange(count + 1, device=chosen.device).expand(len(chosen), -1)
+    return places, torch.searchsorted(ordered, wanted.contiguous())
+
+
+def _backward(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    pad: Tensor | None,
+    out: Tensor,
+    sums: Tensor,
+    chosen: Tensor,
+    num_regions: Sequence[int],
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of query, key, value and pad; that of no pad has no elements."""
+    grads = _fake_backward(grad, query, key, value, pad)
+    if query.shape[0] == 0:
+        grads[3].zero_()
+        return grads
+    from vitarium.ops.routing_attn import triton_kernels
+
+    grad, query, key, value = (_triton.readable(x) for x in (grad, query, key, value))
+    pad = None if pad is None else pad.contiguous()
+    cut = cuts(query.shape[1:3], num_regions, pad is not None)
+    delta = torch.empty_like(sums)
+    arguments = {
+        **_strides(grad=grad, q=query, k=key, v=value),
+        **_arguments(query, value, pad, cut, chosen.shape[2]),
+        "grad_ptr": grad,
+        "q_ptr": query,
+        "k_ptr": key,
+        "v_ptr": value,
+        "chosen_ptr": chosen,
+        "sums_ptr": sums,
+        "delta_ptr": delta,
+        "scale": scale,
+    }
+    of_queries = {**arguments, "out_ptr": out, "grad_q_ptr": grads[0]}
+    _launch(triton_kernels._routing_bwd_query_kernel, of_queries, "query_regions")
+    places, begins = _callers(chosen, arguments["key_regions"])
+    shares = None
+    if arguments["PADDED"]:
+        programs = _programs(arguments, "key_regions")
+        heads, head_dim = query.shape[3:]
+        shares = sums.new_empty((programs // heads, heads, 2, head_dim))
+    of_keys = {
+        **arguments,
+        "callers_ptr": places,
+        "offsets_ptr": begins,
+        "grad_k_ptr": grads[1],
+        "grad_v_ptr": grads[2],
+        "grad_pad_ptr": sums if shares is None else shares,
+    }
+    _launch(triton_kernels._routing_bwd_key_kernel, of_keys, "key_regions")
+    if pad is not None:
+        grads[3].zero_()
+    if shares is not None:
+        grads[3][1:] = shares.sum(0).transpose(0, 1)
+    return grads
+
+
+def _fake_forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    pad: Tensor | None,
+    num_regions: Sequence[int],
+    topk: int,
+    *_: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    rows, columns = cuts(query.shape[1:3], num_regions, pad is not None)
+    batch, heads, count = query.shape[0], query.shape[3], rows.real * columns.real
+    return (
+        value.new_empty(value.shape),
+        query.new_empty((batch, heads, count * rows.size * columns.size), dtype=torch.float32),
+        query.new_empty((batch, count, topk), dtype=torch.long),
+    )
+
+
+def _fake_backward(
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, pad: Tensor | None, *_: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    new = query.new_empty
+    grad_pad = new((0,)) if pad is None else new(pad.shape)
+    return new(query.shape), new(key.shape), new(value.shape), grad_pad
+
+
+def _flops(query: Sequence[int], *rest: Any, **_: Any) -> int:
+    _, value, pad, num_regions, topk, _ = rest
+    return sum(product_flops(query, value, num_regions, pad is not None, topk))
+
+
+def _flops_backward(grad: Sequence[int], *rest: Any, **_: Any) -> int:
+    """As torch counts scaled_dot_product_attention: five products, the scores once more."""
+    query, _, value, pad, _, _, chosen, num_regions, _ = rest
+    scores, mixing = product_flops(query, value, num_regions, pad is not None, chosen[2])
+    return 3 * scores + 2 * mixing
+
+
+_MAPS = "Tensor query, Tensor key, Tensor value, Tensor? pad"
+_attention_backward = _dispatch.define(
+    "routing_attention_triton_backward",
+    f"(Tensor grad, {_MAPS}, Tensor out, Tensor sums, Tensor chosen, int[2] num_regions, "
+    "float scale) -> (Tensor, Tensor, Tensor, Tensor)",
+    _backward,
+    _fake_backward,
+    _flops_backward,
+)
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *maps, ctx.num_regions, _, ctx.scale = inputs
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(*maps, *output)
+
+
+def _gradient(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    found = _attention_backward(grad, *ctx.saved_tensors, ctx.num_regions, ctx.scale)
+    grads = (g if ctx.needs_input_grad[i] else None for i, g in enumerate(found))
+    return *grads, None, None, None
+
+
+_attention = _dispatch.define(
+    "routing_attention_triton",
+    f"({_MAPS}, int[2] num_regions, int topk, float scale) -> (Tensor, Tensor, Tensor)",
+    _forward,
+    _fake_forward,
+    _flops,
+    _keep,
+    _gradient,
+)
