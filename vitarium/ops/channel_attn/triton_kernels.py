@@ -43,12 +43,27 @@ def _at(start, rows, stride, UNIT: tl.constexpr, BLOCK_D: tl.constexpr):
 
 
 @triton.jit
+def _at_columns(start, columns, stride, UNIT: tl.constexpr, BLOCK_D: tl.constexpr):
+    """The same addresses, tokens as columns: products want their left side so."""
+    offsets = columns.to(tl.int64)[None, :] * stride * UNIT
+    return start + offsets + tl.arange(0, BLOCK_D)[:, None]
+
+
+@triton.jit
 def _inside(rows, last, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
     """Which of those addresses there are."""
     if HEAD_DIM == BLOCK_D:
         return (rows < last)[:, None]
     else:
         return (rows < last)[:, None] & (tl.arange(0, BLOCK_D) < HEAD_DIM)[None, :]
+
+
+@triton.jit
+def _inside_columns(columns, last, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    if HEAD_DIM == BLOCK_D:
+        return (columns < last)[None, :]
+    else:
+        return (columns < last)[None, :] & (tl.arange(0, BLOCK_D) < HEAD_DIM)[:, None]
 
 
 @triton.jit
@@ -69,10 +84,11 @@ def _products(
     total = tl.zeros([BLOCK_D, BLOCK_D], tl.float32)
     for start in range(first, last, BLOCK_M):
         rows = start + tl.arange(0, BLOCK_M)
+        columns = _inside_columns(rows, last, HEAD_DIM, BLOCK_D)
         inside = _inside(rows, last, HEAD_DIM, BLOCK_D)
-        left = tl.load(_at(x, rows, x_stride, UNIT, BLOCK_D), mask=inside, other=0.0)
+        left = tl.load(_at_columns(x, rows, x_stride, UNIT, BLOCK_D), mask=columns, other=0.0)
         right = tl.load(_at(y, rows, y_stride, UNIT, BLOCK_D), mask=inside, other=0.0)
-        total = tl.dot(tl.trans(left), right, total, input_precision=PRECISION)
+        total = tl.dot(left, right, total, input_precision=PRECISION)
     return total
 
 
@@ -236,6 +252,90 @@ def _channel_fwd_kernel(
         tl.store(_at(out, rows, out_stride_n, UNIT, BLOCK_D), y.to(x.dtype), mask=there)
 
 
+@triton.jit
+def _products_and_mixed(
+    grad,
+    mixed,
+    dmixed,
+    weights,
+    grad_stride,
+    mixed_stride,
+    dmixed_stride,
+    first,
+    last,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    UNIT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):
+    """grad^T mixed of the tokens from first to last; writes their grad @ weights."""
+    total = tl.zeros([BLOCK_D, BLOCK_D], tl.float32)
+    weights = tl.trans(weights.to(grad.dtype.element_ty))
+    for start in range(first, last, BLOCK_M):
+        rows = start + tl.arange(0, BLOCK_M)
+        columns = _inside_columns(rows, last, HEAD_DIM, BLOCK_D)
+        inside = _inside(rows, last, HEAD_DIM, BLOCK_D)
+        x = tl.load(_at_columns(grad, rows, grad_stride, UNIT, BLOCK_D), mask=columns, other=0.0)
+        y = tl.load(_at(mixed, rows, mixed_stride, UNIT, BLOCK_D), mask=inside, other=0.0)
+        total = tl.dot(x, y, total, input_precision=PRECISION)
+        z = tl.dot(weights, x, input_precision=PRECISION)
+        at = _at_columns(dmixed, rows, dmixed_stride, UNIT, BLOCK_D)
+        tl.store(at, z.to(x.dtype), mask=columns)
+    return total
+
+
+@triton.jit(do_not_specialize=[*_SIZES, *_STRIDES])
+def _channel_bwd_products_kernel(
+    grad_ptr,
+    mixed_ptr,
+    weights_ptr,
+    partials_ptr,  # [parts, B, heads, HEAD_DIM, HEAD_DIM]
+    dmixed_ptr,
+    grad_stride_b,
+    grad_stride_n,
+    grad_stride_h,
+    mixed_stride_b,
+    mixed_stride_n,
+    mixed_stride_h,
+    dmixed_stride_b,
+    dmixed_stride_n,
+    dmixed_stride_h,
+    batch,
+    tokens,
+    heads,
+    parts,
+    chunk,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    UNIT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):
+    image, head, part = _program(heads, parts)
+    at, inside = _square(0, HEAD_DIM, BLOCK_D, BLOCK_D)
+    piece = image * heads + head
+    first = part * chunk
+    total = _products_and_mixed(
+        _start(grad_ptr, image, head, grad_stride_b, grad_stride_h, UNIT),
+        _start(mixed_ptr, image, head, mixed_stride_b, mixed_stride_h, UNIT),
+        _start(dmixed_ptr, image, head, dmixed_stride_b, dmixed_stride_h, UNIT),
+        tl.load(weights_ptr + piece * HEAD_DIM * HEAD_DIM + at, mask=inside, other=0.0),
+        grad_stride_n,
+        mixed_stride_n,
+        dmixed_stride_n,
+        first,
+        tl.minimum(first + chunk, tokens),
+        HEAD_DIM,
+        BLOCK_D,
+        UNIT,
+        PRECISION,
+        BLOCK_M,
+    )
+    piece += part.to(tl.int64) * batch * heads
+    tl.store(partials_ptr + piece * HEAD_DIM * HEAD_DIM + at, total, mask=inside)
+
+
 @triton.jit(do_not_specialize=[*_SIZES, *_STRIDES])
 def _channel_bwd_kernel(
     left_ptr,
@@ -246,7 +346,7 @@ def _channel_bwd_kernel(
     scores_ptr,  # like weights: the gradient of the products; not read if FUSED
     dleft_ptr,
     dright_ptr,
-    dmixed_ptr,
+    dmixed_ptr,  # written if FUSED
     scale,
     left_stride_b,
     left_stride_n,
@@ -281,15 +381,18 @@ def _channel_bwd_kernel(
     BLOCK_M: tl.constexpr,
 ):
     image, head, part = _program(heads, parts)
-    grad = _start(grad_ptr, image, head, grad_stride_b, grad_stride_h, UNIT)
     at, inside = _square(0, HEAD_DIM, BLOCK_D, BLOCK_D)
     at += (image * heads + head) * HEAD_DIM * HEAD_DIM
     if FUSED:
-        products = _products(
-            grad,
+        weights = tl.load(weights_ptr + at, mask=inside, other=0.0)
+        products = _products_and_mixed(
+            _start(grad_ptr, image, head, grad_stride_b, grad_stride_h, UNIT),
             _start(mixed_ptr, image, head, mixed_stride_b, mixed_stride_h, UNIT),
+            _start(dmixed_ptr, image, head, dmixed_stride_b, dmixed_stride_h, UNIT),
+            weights,
             grad_stride_n,
             mixed_stride_n,
+            dmixed_stride_n,
             0,
             tokens,
             HEAD_DIM,
@@ -298,32 +401,25 @@ def _channel_bwd_kernel(
             PRECISION,
             BLOCK_M,
         )
-        weights = tl.load(weights_ptr + at, mask=inside, other=0.0)
         scores = _through_softmax(products, weights, scale)
     else:
-        weights = tl.load(weights_ptr + at, mask=inside, other=0.0)
         scores = tl.load(scores_ptr + at, mask=inside, other=0.0)
     # sums over a whole map leave the range of float16
     largest = tl.maximum(tl.max(tl.max(tl.abs(scores), 1), 0), 1e-30)
     dtype = left_ptr.dtype.element_ty
     scores = (scores / largest).to(dtype)
-    weights = weights.to(dtype)
 
     left = _start(left_ptr, image, head, left_stride_b, left_stride_h, UNIT)
     right = _start(right_ptr, image, head, right_stride_b, right_stride_h, UNIT)
     dleft = _start(dleft_ptr, image, head, dleft_stride_b, dleft_stride_h, UNIT)
     dright = _start(dright_ptr, image, head, dright_stride_b, dright_stride_h, UNIT)
-    dmixed = _start(dmixed_ptr, image, head, dmixed_stride_b, dmixed_stride_h, UNIT)
     last = tl.minimum((part + 1) * chunk, tokens)
     for start in range(part * chunk, last, BLOCK_M):
         rows = start + tl.arange(0, BLOCK_M)
         there = _inside(rows, last, HEAD_DIM, BLOCK_D)
         x = tl.load(_at(left, rows, left_stride_n, UNIT, BLOCK_D), mask=there, other=0.0)
         y = tl.load(_at(right, rows, right_stride_n, UNIT, BLOCK_D), mask=there, other=0.0)
-        z = tl.load(_at(grad, rows, grad_stride_n, UNIT, BLOCK_D), mask=there, other=0.0)
         dx = tl.dot(y, tl.trans(scores), input_precision=PRECISION) * largest
         dy = tl.dot(x, scores, input_precision=PRECISION) * largest
-        dz = tl.dot(z, weights, input_precision=PRECISION)
         tl.store(_at(dleft, rows, dleft_stride_n, UNIT, BLOCK_D), dx.to(dtype), mask=there)
         tl.store(_at(dright, rows, dright_stride_n, UNIT, BLOCK_D), dy.to(dtype), mask=there)
-        tl.store(_at(dmixed, rows, dmixed_stride_n, UNIT, BLOCK_D), dz.to(dtype), mask=there)

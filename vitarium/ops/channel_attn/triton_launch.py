@@ -89,12 +89,18 @@ def _configs(x: Tensor) -> list[_triton.Config]:
 _KEY = ("HEAD_DIM", "UNIT", "PRECISION")
 
 
+def _partials(x: Tensor, parts: int) -> Tensor:
+    """[parts, B, heads, head_dim, head_dim] for what the parts give."""
+    batch, _, heads, head_dim = x.shape
+    return x.new_empty(parts, batch, heads, head_dim, head_dim, dtype=torch.float32)
+
+
 def _products(x: Tensor, y: Tensor, parts: int, chunk: int) -> Tensor:
     """Sums over the tokens of each part: [parts, B, heads, head_dim, head_dim]."""
     from vitarium.ops.channel_attn import triton_kernels as kernels
 
-    batch, _, heads, head_dim = x.shape
-    partials = x.new_empty(parts, batch, heads, head_dim, head_dim, dtype=torch.float32)
+    batch, _, heads, _ = x.shape
+    partials = _partials(x, parts)
     sizes = {"batch": batch, "parts": parts, "chunk": chunk, "partials_ptr": partials}
     _triton.launch(
         kernels._channel_products_kernel,
@@ -179,8 +185,20 @@ def _backward(
     scale = formulas.factor(left, scale)
     g, x, y, z = (_tokens(m) for m in (grad, left, right, mixed))
     parts, chunk = _parts(x)
-    scores = weights if parts == 1 else _summed(_products(g, z, parts, chunk), scale, weights)
     dx, dy, dz = (m.flatten(1, 2) for m in grads)
+    scores = weights
+    if parts > 1:
+        partials = _partials(x, parts)
+        _triton.launch(
+            kernels._channel_bwd_products_kernel,
+            lambda _: (x.shape[2] * parts * x.shape[0],),
+            _arguments(grad=g, mixed=z, dmixed=dz)
+            | {"weights_ptr": weights, "partials_ptr": partials, "batch": x.shape[0]}
+            | {"parts": parts, "chunk": chunk},
+            _configs(x),
+            _KEY,
+        )
+        scores = _summed(partials, scale, weights)
     _triton.launch(
         kernels._channel_bwd_kernel,
         lambda _: (x.shape[2] * parts * x.shape[0],),
