@@ -8,7 +8,7 @@ from timm.layers import register_notrace_function
 from torch import Tensor
 
 from vitarium.ops import _checks, _select
-from vitarium.ops.neighborhood_attn import aten, natten_launch, reference, tiles
+from vitarium.ops.neighborhood_attn import aten, natten_launch, reference, tiles, triton_launch
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,9 @@ _op = _select.register(
             "reference": _select.Implementation(
                 reference.run, reference.unsupported, _select.on_request
             ),
+            "triton": _select.Implementation(
+                triton_launch.run, triton_launch.unsupported, triton_launch.reserved
+            ),
             "aten": _select.Implementation(aten.run, aten.unsupported, _select.always),
             "natten": _select.Implementation(
                 natten_launch.run, natten_launch.unsupported, _select.on_request
@@ -109,8 +112,9 @@ def neighborhood_attention(
             than ``kernel_size * dilation`` is then padded to it at the bottom and right, the
             padded positions are attended to, and the output is cropped. No effect on axes that
             are large enough.
-        impl: ``"reference"``, ``"aten"``, ``"natten"`` or ``"auto"``; None leaves the choice to
-            `vitarium.ops.use_impl`, the environment variable VITARIUM_OPS and ``auto``.
+        impl: ``"reference"``, ``"triton"``, ``"aten"``, ``"natten"`` or ``"auto"``; None leaves
+            the choice to `vitarium.ops.use_impl`, the environment variable VITARIUM_OPS and
+            ``auto``.
 
     Returns:
         ``[B, H, W, heads, head_dim]``, contiguous, of query's dtype.
@@ -123,6 +127,9 @@ def neighborhood_attention(
     Implementations:
         ``reference``: any device, floating dtype and head_dim; computes in float64; gradients
         of everything; the definition of correct.
+        ``triton``: CUDA devices of compute capability 8.0 on; float16, bfloat16 and float32
+            (sums and softmax in float32), head_dim up to 128; gradients of everything, bias and
+            pad included; deterministic; one op to torch.compile and torch.export.
         ``aten``: any device, floating dtype and head_dim; gradients of everything, bias and pad
         included; deterministic; one op to torch.compile, ordinary functions to torch.export.
         ``natten``: the natten package, without bias or pad; what else it refuses is natten's.
