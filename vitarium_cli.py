@@ -221,12 +221,13 @@ def _bench_arguments(parser: argparse.ArgumentParser) -> None:
         return added
 
     ops = kind("ops", "each op beside what one would write without it", 25)
-    ops.add_argument("names", nargs="*", metavar="OP", help="(default: all)")
+    _bench_ops_arguments(ops)
     models = kind("models", "whole networks side by side, ours and timm's", 25)
     _bench_models_arguments(models)
     for timed in (ops, models):
         timed.add_argument("--threads", type=int, metavar="N", help="of the CPU (default: 1)")
-        timed.add_argument("--device", help="cpu (default)" + ", cuda, cuda:1" * (timed is models))
+        timed.add_argument("--device", help="cpu (default), cuda, cuda:1")
+        timed.add_argument("--plot", metavar="DIR", help="draw the results into DIR")
         timed.add_argument("--quick", action="store_true", help="a look, not a result")
     compiled = kind("compile", "what torch.compile makes of the models")
     compiled.add_argument("names", nargs="*", metavar="MODEL", help="(default: every *_atto)")
@@ -234,6 +235,22 @@ def _bench_arguments(parser: argparse.ArgumentParser) -> None:
     plot = kind("plot", "pictures of results, of `bench models` and of timm's benchmark.py")
     plot.add_argument("files", nargs="+", metavar="FILE.csv", help="results, of one or more runs")
     plot.add_argument("--out", default="outputs", metavar="DIR", help="(default: outputs)")
+
+
+def _bench_ops_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("names", nargs="*", metavar="OP", help="(default: all)")
+    parser.add_argument(
+        "--dtype",
+        nargs="+",
+        choices=("float16", "bfloat16", "float32"),
+        help="with --device cuda: of maps and parameters (default: float16 bfloat16)",
+    )
+    parser.add_argument(
+        "--sizes",
+        nargs="+",
+        choices=("224", "800x1216"),
+        help="with --device cuda: images in pixels, whose maps the models have (default: both)",
+    )
 
 
 def _bench_models_arguments(parser: argparse.ArgumentParser) -> None:
@@ -272,7 +289,6 @@ def _bench_models_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--channels-last", action="store_true", help="the layout of images")
     parser.add_argument("--base", metavar="NAME", help="compare with this one (default: the first)")
-    parser.add_argument("--plot", metavar="DIR", help="draw the results into DIR")
 
 
 def _demo_arguments(parser: argparse.ArgumentParser) -> None:

@@ -41,7 +41,7 @@ def test_startup(program):
     ("argv", "message"),
     [
         (("ops", "neighbourhood"), "bench ops: expected ops among neighborhood"),
-        (("ops", "--device", "cuda"), "--device: this benchmark runs on the cpu"),
+        (("ops", "--device", "meta"), "--device: expected cpu or cuda, got 'meta'"),
         (("ops", "--csv", "no/such/folder/x.csv"), "--csv: no folder no/such/folder"),
         (("startup", "--rounds", "0"), "--rounds: expected a positive number, got 0"),
         (("ops", "--threads", "-1"), "--threads: expected a positive number, got -1"),

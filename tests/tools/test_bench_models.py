@@ -204,8 +204,9 @@ def test_refusals(program, argv, message):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
-def test_no_cuda(program):
-    status, _, err = program("bench", "models", ATTO, "--device", "cuda")
+@pytest.mark.parametrize("argv", [("models", ATTO), ("ops",)])
+def test_no_cuda(program, argv):
+    status, _, err = program("bench", *argv, "--device", "cuda")
     assert status == 1
     assert err.startswith("vitarium: error: device: 'cuda' cannot be used here: ")
 

@@ -8,6 +8,7 @@ time, which other load disturbs least.
 from __future__ import annotations
 
 import csv
+import inspect
 import os
 import platform
 import shutil
@@ -20,10 +21,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import timm
 import torch
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
+from torch import nn
 
 from vitarium.tools._common import pick_device, require_matplotlib
 
@@ -50,7 +53,13 @@ def run(args: Namespace) -> int:
     device = _checked(args)
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler complains of absent GPUs
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 140)
+    on_gpu = args.what == "ops" and device.type == "cuda"
     head = machine(args.threads, device)
+    if on_gpu:
+        from vitarium.tools import bench_gpu, bench_gpu_report
+
+        ceilings = bench_gpu.ceilings(device)
+        head = f"{bench_gpu_report.head(device)}\n{ceilings}"
 
     def save(rows: list[Row]) -> None:
         if args.csv is not None and rows:
@@ -58,7 +67,9 @@ def run(args: Namespace) -> int:
 
     with threads(args.threads):
         console.print(head)
-        if args.what == "ops":
+        if on_gpu:
+            rows = bench_gpu.measure(console, args, device, ceilings, save)
+        elif args.what == "ops":
             from vitarium.tools import bench_ops
 
             rows = bench_ops.measure(console, args.names, args.rounds, args.quick)
@@ -96,11 +107,13 @@ def _checked(args: Namespace) -> torch.device:
         require_matplotlib()
         if not Path(args.plot).is_dir():
             raise ValueError(f"--plot: no folder {args.plot}")
-    if args.what != "models" and args.device != "cpu":
-        raise ValueError(f"--device: this benchmark runs on the cpu for now, got {args.device!r}")
     device = pick_device(args.device)
     if device.type not in ("cpu", "cuda"):
         raise ValueError(f"--device: expected cpu or cuda, got {args.device!r}")
+    if args.what == "ops" and device.type == "cpu":
+        for option in ("dtype", "sizes"):
+            if getattr(args, option):
+                raise ValueError(f"--{option}: expected it with --device cuda only")
     return device
 
 
@@ -124,7 +137,7 @@ def machine(num_threads: int, device: torch.device = CPU) -> str:
 def clock_name(num_threads: int, device: torch.device = CPU) -> str:
     """What `interleaved` measures on this device with so many threads."""
     if device.type == "cuda":
-        return "wall clock, synchronized"
+        return "CUDA events"
     return "process time" if num_threads == 1 else "wall clock"
 
 
@@ -154,6 +167,14 @@ class OtherLoad:
         return busy - time.process_time(), time.perf_counter()
 
 
+def built(name: str, size: tuple[int, int]) -> nn.Module:
+    """A model for images of a size, in pixels."""
+    model: nn.Module = timm.create_model(name)
+    if any("img_size" in inspect.signature(c).parameters for c in type(model).mro()):
+        model = timm.create_model(name, img_size=size)
+    return model
+
+
 @contextmanager
 def threads(count: int) -> Iterator[None]:
     """Compute with that many threads inside the block."""
@@ -181,27 +202,19 @@ def interleaved(
         seconds: a function that has used this much time sits out the later rounds, but not
             before its third turn.
         progress: a bar to advance.
-        device: where the functions compute; a CUDA device is waited for at both ends of a turn.
+        device: where the functions compute; it is the current one if it is a CUDA device.
     """
-    clock = _clock(device)
-
-    def timed(function: Function, repeats: int) -> float:
-        start = clock()
-        for _ in range(repeats):
-            function()
-        return (clock() - start) / repeats
-
     repeats = {}
     for name, function in functions.items():
-        timed(function, 1)
-        repeats[name] = min(100, 1 + int(0.02 / max(timed(function, 1), 1e-6)))
+        timed(function, 1, device)
+        repeats[name] = min(100, 1 + int(0.02 / max(timed(function, 1, device), 1e-6)))
     times: dict[str, list[float]] = {name: [] for name in functions}
     task = progress.add_task("", total=rounds) if progress else None
     for number in range(rounds):
         for name, function in functions.items():
             if number < 3 or sum(times[name]) * repeats[name] < seconds:
                 function()  # the one before has emptied the caches
-                times[name].append(timed(function, repeats[name]))
+                times[name].append(timed(function, repeats[name], device))
         if progress and task is not None:
             progress.advance(task)
     if progress and task is not None:
@@ -209,16 +222,21 @@ def interleaved(
     return {name: statistics.median(t) * 1e3 for name, t in times.items()}
 
 
-def _clock(device: torch.device) -> Callable[[], float]:
-    """Seconds: of the device's wall clock, or of the process where it computes on one thread."""
+def timed(function: Function, repeats: int, device: torch.device = CPU) -> float:
+    """Seconds of a call: of the device, or of the process where it computes on one thread."""
     if device.type == "cuda":
-
-        def synchronized() -> float:
-            torch.cuda.synchronize(device)
-            return time.perf_counter()
-
-        return synchronized
-    return time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        for _ in range(repeats):
+            function()
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end) / 1e3 / repeats
+    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+    start = clock()
+    for _ in range(repeats):
+        function()
+    return (clock() - start) / repeats
 
 
 def peak_memory(function: Function, device: torch.device = CPU) -> float:
@@ -262,10 +280,10 @@ def show(console: Console, title: str, columns: Sequence[str], rows: list[list[s
 
 
 def write_csv(path: Path, rows: list[Row], head: str) -> None:
-    """Write rows, with the machine in a comment line, in one go."""
+    """Write rows, with the machine in comment lines, in one go."""
     temporary = path.with_name(path.name + ".part")
     with temporary.open("w", newline="") as file:
-        file.write(f"# {head}\n")
+        file.writelines(f"# {line}\n" for line in head.splitlines())
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)

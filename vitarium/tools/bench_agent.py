@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vitarium.ops import agent_attention
-
-_Inputs = dict[str, Tensor]
-_Candidate = Callable[[_Inputs], Tensor]
+from vitarium.tools import bench_case, bench_flex
+from vitarium.tools.bench_case import Candidate, Compile, Inputs, OpCase
 
 
 @dataclass(frozen=True)
-class Agent:
+class Agent(OpCase):
     """Maps batch x H x W with heads of head_dim channels, and a square of agents."""
 
     size: tuple[int, int]
@@ -26,53 +24,55 @@ class Agent:
     batch: int = 2
     head_dim: int = 32
     biases: tuple[bool, ...] = (True,)  # no model is without
-    op: str = "agent"
+    op: ClassVar[str] = "agent"
 
     @property
     def title(self) -> str:
         height, width = self.size
         return f"{height}x{width} x {self.heads} heads, {self.agent_size**2} agents"
 
-    def inputs(self, biased: bool) -> _Inputs:
+    def inputs(self, biased: bool) -> Inputs:
         """The output of the projection, with the gradient that it wants: copies count."""
         torch.manual_seed(0)
         height, width = self.size
-        inputs = {"qkv": torch.randn(self.batch, height, width, 3, self.heads, self.head_dim)}
+        inputs = {"qkv": self.random(self.batch, height, width, 3, self.heads, self.head_dim)}
         if biased:
             shape = (self.heads, self.agent_size**2, height * width)
-            inputs["agent_bias"] = torch.randn(shape)
-            inputs["token_bias"] = torch.randn(shape).mT  # as bias maps are resized: [.., H, W]
+            inputs["agent_bias"] = self.random(*shape)
+            inputs["token_bias"] = self.random(*shape).mT  # as bias maps are resized: [.., H, W]
         return {name: x.requires_grad_() for name, x in inputs.items()}
 
-    def oracle(self, inputs: _Inputs) -> Tensor:
-        exact = {name: x.double() for name, x in inputs.items()}
-        return self._attend(exact, "reference")
+    def arguments(self, inputs: Inputs) -> dict[str, Any]:
+        biases = {name: x for name, x in inputs.items() if name != "qkv"}
+        maps = bench_case.named(inputs["qkv"].unbind(3))
+        return {**maps, "agent_size": self.agent_size, **biases}
 
-    def candidates(self, biased: bool, backward: bool) -> dict[str, _Candidate | str]:
+    def candidates(self, biased: bool, backward: bool) -> dict[str, Candidate | str]:
         del biased, backward
         return {
-            "vitarium": self._ours,
+            "vitarium": self.ours,
             "SDPA twice, float mask": self._fused,
             "two materialised softmaxes": self._written_out,
         }
 
-    def _ours(self, inputs: _Inputs) -> Tensor:
-        return self._attend(inputs, None)
+    def peers(self, biased: bool, backward: bool, compiled: Compile) -> dict[str, Candidate | str]:
+        del biased, backward
+        return {
+            "SDPA twice, float mask": self._fused,
+            "SDPA twice, float mask, compiled": compiled(self._fused),
+            "two softmaxes": self._written_out,
+            "two softmaxes, compiled": compiled(self._written_out),
+            "FlexAttention twice, compiled": compiled(self._flex),
+        }
 
-    def _attend(self, inputs: _Inputs, impl: str | None) -> Tensor:
-        biases = {name: x for name, x in inputs.items() if name != "qkv"}
-        out = agent_attention(*inputs["qkv"].unbind(3), self.agent_size, **biases, impl=impl)
-        assert isinstance(out, Tensor)
-        return out
-
-    def _tokens(self, inputs: _Inputs) -> tuple[Tensor, ...]:
+    def _tokens(self, inputs: Inputs) -> tuple[Tensor, ...]:
         """Agents, then query, key and value, all [B, heads, tokens, head_dim]."""
         qkv = inputs["qkv"].flatten(1, 2).permute(2, 0, 3, 1, 4)
         grid = inputs["qkv"].select(3, 0).flatten(3).permute(0, 3, 1, 2)
         grid = F.adaptive_avg_pool2d(grid, self.agent_size).flatten(2)
         return grid.unflatten(1, (self.heads, self.head_dim)).mT, *qkv.unbind(0)
 
-    def _fused(self, inputs: _Inputs) -> Tensor:
+    def _fused(self, inputs: Inputs) -> Tensor:
         agents, query, key, value = self._tokens(inputs)
         first, second = (
             None if bias is None else bias[None]
@@ -82,7 +82,17 @@ class Agent:
         out = F.scaled_dot_product_attention(query, agents, gathered, second)
         return out.transpose(1, 2).reshape(inputs["qkv"].select(3, 0).shape)
 
-    def _written_out(self, inputs: _Inputs) -> Tensor:
+    def _flex(self, inputs: Inputs) -> Tensor:
+        inputs = bench_flex.given(inputs)
+        agents, query, key, value = self._tokens(inputs)
+        first, second = (
+            bench_flex.added(inputs.get(name)) for name in ("agent_bias", "token_bias")
+        )
+        gathered = bench_flex.attend((agents, key, value), first)
+        out = bench_flex.attend((query, agents, gathered), second)
+        return out.transpose(1, 2).reshape(inputs["qkv"].select(3, 0).shape)
+
+    def _written_out(self, inputs: Inputs) -> Tensor:
         agents, query, key, value = self._tokens(inputs)
         scale = self.head_dim**-0.5
         scores = agents * scale @ key.mT
@@ -111,3 +121,14 @@ def cases(quick: bool) -> list[Agent]:
         Agent((200, 304), 9, 3, forward, batch=1),
     ]
     return found[:1] if quick else found
+
+
+def native_cases(img_size: str) -> list[Agent]:
+    """Agent-Swin-T's maps on images of a size."""
+    found = []
+    for call in bench_case.calls("agent", ("agent_swin_tiny",), img_size):
+        batch, height, width, heads, head_dim = call.query.shape
+        rows, columns = call.agent_size
+        assert rows == columns, "this model has squares of agents"
+        found.append(Agent((height, width), rows, heads, batch=batch, head_dim=head_dim))
+    return bench_case.distinct(found)

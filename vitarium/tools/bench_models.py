@@ -7,7 +7,6 @@ are named as there, so that results merge; those behind ``param_count`` are ours
 
 from __future__ import annotations
 
-import inspect
 import math
 import re
 import sys
@@ -221,9 +220,7 @@ def _network(name: str, size: tuple[int, int], run: Run) -> Network:
     plain, flag = _split(name)
     try:
         with _flagged(flag):
-            model = timm.create_model(plain)
-            if any("img_size" in inspect.signature(c).parameters for c in type(model).mro()):
-                model = timm.create_model(plain, img_size=size)
+            model = bench.built(plain, size)
         if flag and not any(getattr(module, "fused_attn", False) for module in model.modules()):
             raise ValueError(f"expected attention that timm's flag fuses, {plain} has none")
         model = run.placed(model).eval()

@@ -7,26 +7,26 @@ ours.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vitarium.ops import neighborhood_attention
-from vitarium.tools import bench
+from vitarium.tools import bench, bench_case, bench_flex
+from vitarium.tools.bench_case import Candidate, Compile, Inputs, OpCase
 
-_Inputs = dict[str, Tensor]
-_Candidate = Callable[[_Inputs], Tensor]
+_MOST = 8.0  # GiB of a dense mask's table
 
 
 @dataclass(frozen=True)
-class Shape:
-    """Maps batch x size x size with heads of head_dim channels, and their windows."""
+class Shape(OpCase):
+    """Maps batch x H x W with heads of head_dim channels, and their windows."""
 
-    size: int
+    size: int | tuple[int, int]  # an int for squares
     heads: int
     dilation: int = 1
     goals: dict[str, float] = field(default_factory=dict)
@@ -38,7 +38,12 @@ class Shape:
     @property
     def title(self) -> str:
         dilated = f", dilation {self.dilation}" if self.dilation > 1 else ""
-        return f"{self.size}x{self.size} x {self.heads} heads{dilated}"
+        return f"{self.sizes[0]}x{self.sizes[1]} x {self.heads} heads{dilated}"
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """Height and width."""
+        return (self.size, self.size) if isinstance(self.size, int) else self.size
 
     @property
     def window(self) -> dict[str, int]:
@@ -46,57 +51,58 @@ class Shape:
         return {"kernel_size": self.kernel_size, "dilation": self.dilation}
 
     @cached_property
-    def neighbors(self) -> tuple[Tensor, Tensor]:
-        """Per position of an axis, its neighbors and their bias entries: [size, kernel_size]."""
-        position = torch.arange(self.size)
+    def neighbors(self) -> tuple[tuple[Tensor, Tensor], ...]:
+        """Per position of each axis, its neighbors and their bias entries: [size, kernel_size]."""
+        return tuple(self._axis(size) for size in self.sizes)
+
+    def _axis(self, size: int) -> tuple[Tensor, Tensor]:
+        position = torch.arange(size, device=self.device)
         residue, rank = position % self.dilation, position // self.dilation
-        last = (self.size - 1 - residue) // self.dilation - self.kernel_size + 1
+        last = (size - 1 - residue) // self.dilation - self.kernel_size + 1
         start = torch.minimum((rank - self.kernel_size // 2).clamp(0), last)
-        neighbor = start[:, None] + torch.arange(self.kernel_size)
+        neighbor = start[:, None] + torch.arange(self.kernel_size, device=self.device)
         entry = neighbor - rank[:, None] + self.kernel_size - 1
         return residue[:, None] + neighbor * self.dilation, entry
 
     def neighbor_bias(self, bias: Tensor) -> Tensor:
         """[heads, H, W, kh, kw]."""
-        entry = self.neighbors[1]
-        return bias[:, entry[:, None, :, None], entry[None, :, None, :]]
+        (_, row), (_, column) = self.neighbors
+        return bias[:, row[:, None, :, None], column[None, :, None, :]]
 
     def gathered(self, x: Tensor) -> Tensor:
         """[B, H, W, kh, kw, heads, head_dim]."""
-        neighbor = self.neighbors[0]
-        return x[:, neighbor[:, None, :, None], neighbor[None, :, None, :]]
+        (row, _), (column, _) = self.neighbors
+        return x[:, row[:, None, :, None], column[None, :, None, :]]
 
     def offsets(self, x: Tensor) -> Iterator[Tensor]:
         """Every position's first neighbor, its second, and so on: [B, H, W, heads, head_dim]."""
-        neighbor = self.neighbors[0]
+        (row, _), (column, _) = self.neighbors
         for i in range(self.kernel_size):
             for j in range(self.kernel_size):
-                yield x.index_select(1, neighbor[:, i]).index_select(2, neighbor[:, j])
+                yield x.index_select(1, row[:, i]).index_select(2, column[:, j])
 
 
 @dataclass(frozen=True)
 class Neighborhood(Shape):
     """Attention at one shape."""
 
-    op: str = "neighborhood"
+    op: ClassVar[str] = "neighborhood"
 
-    def inputs(self, biased: bool) -> _Inputs:
+    def inputs(self, biased: bool) -> Inputs:
         torch.manual_seed(0)
-        shape = (self.batch, self.size, self.size, 3, self.heads, self.head_dim)
-        names = ("query", "key", "value")
+        shape = (self.batch, *self.sizes, 3, self.heads, self.head_dim)
         # strided like a model's: three views of one projection
-        inputs = dict(zip(names, torch.randn(shape).unbind(3), strict=True))
+        inputs = bench_case.named(self.random(*shape).unbind(3))
         if biased:
             entries = 2 * self.kernel_size - 1
-            inputs["bias"] = torch.randn(self.heads, entries, entries)
+            inputs["bias"] = self.random(self.heads, entries, entries)
         return {name: x.detach().requires_grad_() for name, x in inputs.items()}
 
-    def oracle(self, inputs: _Inputs) -> Tensor:
-        exact = {name: x.double() for name, x in inputs.items()}
-        return neighborhood_attention(**exact, **self.window, impl="reference")
+    def arguments(self, inputs: Inputs) -> dict[str, Any]:
+        return {**inputs, **self.window}
 
-    def candidates(self, biased: bool, backward: bool) -> dict[str, _Candidate | str]:
-        found: dict[str, _Candidate | str] = {"vitarium": self._ours}
+    def candidates(self, biased: bool, backward: bool) -> dict[str, Candidate | str]:
+        found: dict[str, Candidate | str] = {"vitarium": self.ours}
         found["dense SDPA, float mask"] = self._dense
         found["gather + einsum"] = self._gather
         found[f"loop over {self.kernel_size**2} offsets"] = self._offsets
@@ -105,7 +111,10 @@ class Neighborhood(Shape):
         elif not bench.has_compiler():
             found["FlexAttention, compiled"] = "torch.compile needs a C++ compiler"
         else:
-            found["FlexAttention, compiled"] = self._flex()
+            torch.compiler.reset()  # after eight programs of one function torch runs it eagerly
+            found["FlexAttention, compiled"] = self._flex(
+                lambda function: torch.compile(function, dynamic=False)  # a CPU builds no others
+            )
         if biased:
             found["natten"] = "takes no position bias"
         elif backward:
@@ -119,44 +128,60 @@ class Neighborhood(Shape):
                 found["natten"] = self._natten
         return found
 
-    def _ours(self, inputs: _Inputs) -> Tensor:
-        return neighborhood_attention(**inputs, **self.window)
+    def peers(self, biased: bool, backward: bool, compiled: Compile) -> dict[str, Candidate | str]:
+        del backward
+        found: dict[str, Candidate | str] = {}
+        tokens = self.sizes[0] * self.sizes[1]
+        table = 8 * tokens**2 / 2**30
+        for name in ("dense SDPA, float mask", "dense SDPA, float mask, compiled"):
+            if table > _MOST:
+                found[name] = f"the indices of its mask take {table:.1f} GiB"
+            else:
+                found[name] = compiled(self._dense) if "compiled" in name else self._dense
+        found["FlexAttention, compiled"] = self._flex(compiled)
+        reason = "takes no position bias" if biased else None
+        if self.device.type == "cuda":
+            reason = reason or _without_kernels()
+        found["natten"] = reason or self._natten
+        return found
 
-    def _natten(self, inputs: _Inputs) -> Tensor:
-        return neighborhood_attention(**inputs, **self.window, impl="natten")
+    def _natten(self, inputs: Inputs) -> Tensor:
+        return self.ours(inputs, "natten")
 
     @cached_property
     def _dense_tables(self) -> tuple[Tensor, Tensor]:
         """Of every pair of positions: whether the key is a neighbor, and its bias entry."""
-        neighbor, _ = self.neighbors
-        position = torch.arange(self.size)
-        near = (neighbor[:, :, None] == position).any(1)
         last = 2 * self.kernel_size - 2
-        step = (position - position[:, None]) // self.dilation
-        entry = (step + self.kernel_size - 1).clamp(0, last)
-        tokens = self.size**2
-        entries = entry[:, None, :, None] * (last + 1) + entry[None, :, None, :]
-        both = near[:, None, :, None] & near[None, :, None, :]
+        near, entry = [], []
+        for size, (neighbor, _) in zip(self.sizes, self.neighbors, strict=True):
+            position = torch.arange(size, device=self.device)
+            near.append((neighbor[:, :, None] == position).any(1))
+            step = (position - position[:, None]) // self.dilation
+            entry.append((step + self.kernel_size - 1).clamp(0, last))
+        tokens = self.sizes[0] * self.sizes[1]
+        entries = entry[0][:, None, :, None] * (last + 1) + entry[1][None, :, None, :]
+        both = near[0][:, None, :, None] & near[1][None, :, None, :]
         return both.reshape(tokens, tokens), entries.reshape(tokens, tokens)
 
     @cached_property
     def _dense_mask(self) -> Tensor:
         near = self._dense_tables[0]
-        return torch.zeros(near.shape).masked_fill(~near, float("-inf"))
+        mask = torch.zeros(near.shape, device=self.device, dtype=self.dtype)
+        return mask.masked_fill(~near, float("-inf"))
 
     def _heads_first(self, x: Tensor) -> Tensor:
         return x.flatten(1, 2).transpose(1, 2)
 
-    def _dense(self, inputs: _Inputs) -> Tensor:
+    def _dense(self, inputs: Inputs) -> Tensor:
         mask = self._dense_mask
         if "bias" in inputs:
             near, entry = self._dense_tables
             mask = inputs["bias"].flatten(1)[:, entry].masked_fill(~near, float("-inf"))
         query, key, value = (self._heads_first(inputs[x]) for x in ("query", "key", "value"))
         out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
-        return out.transpose(1, 2).unflatten(1, (self.size, self.size))
+        return out.transpose(1, 2).unflatten(1, self.sizes)
 
-    def _gather(self, inputs: _Inputs) -> Tensor:
+    def _gather(self, inputs: Inputs) -> Tensor:
         query = inputs["query"] * self.head_dim**-0.5
         scores = torch.einsum("bhwnd,bhwklnd->bnhwkl", query, self.gathered(inputs["key"]))
         if "bias" in inputs:
@@ -164,7 +189,7 @@ class Neighborhood(Shape):
         weights = scores.flatten(4).softmax(-1).view_as(scores)
         return torch.einsum("bnhwkl,bhwklnd->bhwnd", weights, self.gathered(inputs["value"]))
 
-    def _offsets(self, inputs: _Inputs) -> Tensor:
+    def _offsets(self, inputs: Inputs) -> Tensor:
         query = inputs["query"] * self.head_dim**-0.5
         scores = torch.stack([(query * k).sum(-1) for k in self.offsets(inputs["key"])], -1)
         if "bias" in inputs:
@@ -175,12 +200,38 @@ class Neighborhood(Shape):
             out = out + weights[..., n, None] * v
         return out
 
-    def _flex(self) -> _Candidate:
-        from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+    def _flex(self, compiled: Compile) -> Candidate:
+        from torch.nn.attention.flex_attention import flex_attention
 
-        size, kernel, dilation = self.size, self.kernel_size, self.dilation
+        width, kernel, dilation = self.sizes[1], self.kernel_size, self.dilation
+        function = compiled(flex_attention)
 
-        def near_on_axis(q: Tensor, k: Tensor) -> Tensor:
+        def attend(inputs: Inputs) -> Tensor:
+            score_mod = None
+            inputs = bench_flex.given(inputs)
+            if "bias" in inputs:
+                bias = inputs["bias"]
+                last = 2 * kernel - 2
+
+                def add_bias(score: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+                    row, column = k // width - q // width, k % width - q % width
+                    entries = [(x // dilation + kernel - 1).clamp(0, last) for x in (row, column)]
+                    return score + bias[h, entries[0], entries[1]]
+
+                score_mod = add_bias
+            query, key, value = (self._heads_first(inputs[x]) for x in ("query", "key", "value"))
+            out = function(query, key, value, score_mod=score_mod, block_mask=self._block_mask)
+            return out.transpose(1, 2).unflatten(1, self.sizes)
+
+        return attend
+
+    @cached_property
+    def _block_mask(self) -> Any:
+        from torch.nn.attention.flex_attention import create_block_mask
+
+        (height, width), kernel, dilation = self.sizes, self.kernel_size, self.dilation
+
+        def near_on_axis(size: int, q: Tensor, k: Tensor) -> Tensor:
             residue = q % dilation
             last = (size - 1 - residue) // dilation - kernel + 1
             start = torch.minimum((q // dilation - kernel // 2).clamp(0), last)
@@ -189,31 +240,24 @@ class Neighborhood(Shape):
 
         def near(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
             del b, h
-            return near_on_axis(q // size, k // size) & near_on_axis(q % size, k % size)
+            rows = near_on_axis(height, q // width, k // width)
+            return rows & near_on_axis(width, q % width, k % width)
 
-        mask = create_block_mask(near, None, None, size**2, size**2, device="cpu")
-        torch.compiler.reset()  # after eight programs of one function torch would run it eagerly
-        compiled = torch.compile(flex_attention, dynamic=False)  # a CPU builds no dynamic sizes
+        tokens = height * width
+        on_gpu = self.device.type == "cuda"
+        # compiled, it never holds a number for every pair of tokens
+        return create_block_mask(
+            near, None, None, tokens, tokens, device=str(self.device), _compile=on_gpu
+        )
 
-        def attend(inputs: _Inputs) -> Tensor:
-            score_mod = None
-            if "bias" in inputs:
-                bias = inputs["bias"].detach()
-                last = 2 * kernel - 2
 
-                def add_bias(score: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-                    row, column = k // size - q // size, k % size - q % size
-                    entries = [(x // dilation + kernel - 1).clamp(0, last) for x in (row, column)]
-                    return score + bias[h, entries[0], entries[1]]
-
-                score_mod = add_bias
-            query, key, value = (
-                self._heads_first(inputs[x]).detach() for x in ("query", "key", "value")
-            )
-            out = compiled(query, key, value, score_mod=score_mod, block_mask=mask)
-            return out.transpose(1, 2).unflatten(1, (size, size))
-
-        return attend
+def _without_kernels() -> str | None:
+    """Why natten's own kernels cannot run on a GPU, or None."""
+    try:
+        import natten
+    except ImportError:
+        return "not installed"
+    return None if natten.HAS_LIBNATTEN else "installed without its CUDA kernels (libnatten)"
 
 
 def cases(quick: bool) -> list[Neighborhood]:
@@ -237,3 +281,17 @@ def cases(quick: bool) -> list[Neighborhood]:
         dilated = {name: 0.75 * goal for name, goal in plain.items()}
         found += [Neighborhood(size, heads, dilation, dilated) for dilation in dilations]
     return found
+
+
+def native_cases(img_size: str) -> list[Neighborhood]:
+    """The maps of NAT-T and DiNAT-T on images of a size; at 224 pixels without a bias too."""
+    biases = (False, True) if img_size == "224" else (True,)
+    found = []
+    for call in bench_case.calls("neighborhood", ("nat_tiny", "dinat_tiny"), img_size):
+        batch, height, width, heads, head_dim = call.query.shape
+        kernel, dilation = call.kernel_size, call.dilation
+        assert (*kernel, *dilation) == (*kernel[::-1], *dilation[::-1]), "these have squares"
+        shape = ((height, width), heads, dilation[0])
+        about = {"batch": batch, "head_dim": head_dim, "kernel_size": kernel[0]}
+        found.append(Neighborhood(*shape, **about, biases=biases))
+    return bench_case.distinct(found)

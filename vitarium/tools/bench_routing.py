@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, ClassVar
 from unittest.mock import patch
 
 import timm
@@ -23,10 +23,8 @@ from torch import Tensor
 
 from vitarium.backbones import biformer
 from vitarium.ops import routing_attention
-from vitarium.tools import bench
-
-_Inputs = dict[str, Tensor]
-_Candidate = Callable[[_Inputs], Tensor]
+from vitarium.tools import bench, bench_case, bench_flex
+from vitarium.tools.bench_case import Candidate, Compile, Inputs, OpCase
 
 OURS, GATHER, SELECT = "vitarium", "torch.gather + softmax", "index_select + SDPA"
 
@@ -52,9 +50,24 @@ def _gathered(x: Tensor, chosen: Tensor) -> Tensor:
 def _selected(x: Tensor, chosen: Tensor) -> Tensor:
     """The same by `torch.index_select`."""
     batch, count = x.shape[:2]
-    near = chosen + torch.arange(batch)[:, None, None] * count
+    near = chosen + torch.arange(batch, device=x.device)[:, None, None] * count
     taken = x.flatten(0, 1).index_select(0, near.flatten())
     return taken.unflatten(0, chosen.shape).flatten(2, 3)
+
+
+def _flex(query: Tensor, key: Tensor, value: Tensor, chosen: Tensor, scale: float) -> Tensor:
+    """Of all tokens [B, R, L, heads, head_dim]: Flex skips no block that the data rule out."""
+    count, length = query.shape[1:3]
+    near = torch.zeros(len(query), count, count, dtype=torch.bool, device=query.device)
+    near = near.scatter(2, chosen, True)
+
+    def score_mod(score: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        del h
+        return torch.where(near[b, q // length, k // length], score, float("-inf"))
+
+    maps = [x.flatten(1, 2).transpose(1, 2) for x in (query, key, value)]
+    out = bench_flex.attend(maps, score_mod, scale)
+    return out.unflatten(2, (count, length)).permute(0, 2, 1, 3, 4)
 
 
 def _softmax(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
@@ -67,9 +80,14 @@ def _sdpa(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
 
 
 def peer(
-    taken: Callable[[Tensor, Tensor], Tensor], attend: Callable[..., Tensor]
+    taken: Callable[[Tensor, Tensor], Tensor] | None, attend: Callable[..., Tensor]
 ) -> Callable[..., Tensor]:
-    """A function with `routing_attention`'s arguments; maps that need it have a ``pad``."""
+    """A function with `routing_attention`'s arguments; maps that need it have a ``pad``.
+
+    Args:
+        taken: regions and a choice of them -> the tokens of those. None: ``attend`` gets all.
+        attend: attention [B, R, heads, L, head_dim] with a scale.
+    """
 
     def routed(
         query: Tensor,
@@ -88,10 +106,15 @@ def peer(
             _cut(x, fill, num_regions) for x, fill in zip((query, key, value), fills, strict=True)
         )
         with torch.no_grad():
-            scores = q.mean(2).flatten(2) @ k.mean(2).flatten(2).mT
+            # in half precision a rounded mean would choose another region now and then
+            exact = torch.promote_types(q.dtype, torch.float32)
+            scores = q.mean(2, dtype=exact).flatten(2) @ k.mean(2, dtype=exact).flatten(2).mT
             chosen = scores.topk(topk).indices
-        maps = (x.transpose(2, 3) for x in (q, taken(k, chosen), taken(v, chosen)))
-        out = attend(*maps, scale).transpose(2, 3)
+        if taken is None:
+            out = attend(*(x.contiguous() for x in (q, k, v)), chosen, scale).transpose(2, 3)
+        else:
+            maps = (x.transpose(2, 3) for x in (q, taken(k, chosen), taken(v, chosen)))
+            out = attend(*maps, scale).transpose(2, 3)
         rows = -(-height // num_regions)
         out = out.unflatten(2, (rows, -1)).unflatten(1, (num_regions, -1)).transpose(2, 3)
         return out.flatten(3, 4).flatten(1, 2)[:, :height, :width]
@@ -107,7 +130,7 @@ _OPS: dict[str, Callable[..., Tensor]] = {
 
 
 @dataclass(frozen=True)
-class Routing:
+class Routing(OpCase):
     """Maps batch x height x width with heads of head_dim channels, and their regions."""
 
     height: int
@@ -119,7 +142,7 @@ class Routing:
     batch: int = 4
     head_dim: int = 32
     biases: tuple[bool, ...] = (False,)
-    op: str = "routing"
+    op: ClassVar[str] = "routing"
 
     @property
     def title(self) -> str:
@@ -133,32 +156,50 @@ class Routing:
         scale = (self.heads * self.head_dim) ** -0.5
         return {"num_regions": self.num_regions, "topk": self.topk, "scale": scale}
 
-    def inputs(self, biased: bool) -> _Inputs:
+    def inputs(self, biased: bool) -> Inputs:
         del biased
         torch.manual_seed(0)
         shape = (self.batch, self.height, self.width, 3, self.heads, self.head_dim)
         # strided like a model's: three views of one projection
-        inputs = dict(zip(("query", "key", "value"), torch.randn(shape).unbind(3), strict=True))
+        inputs = bench_case.named(self.random(*shape).unbind(3))
         if self.height % self.num_regions or self.width % self.num_regions:
-            inputs["pad"] = torch.randn(3, self.heads, self.head_dim)
+            inputs["pad"] = self.random(3, self.heads, self.head_dim)
         return {name: x.detach().requires_grad_() for name, x in inputs.items()}
 
-    def oracle(self, inputs: _Inputs) -> Tensor:
-        exact = {name: x.double() for name, x in inputs.items()}
-        return routing_attention(**exact, **self._args, impl="reference")
+    def arguments(self, inputs: Inputs) -> dict[str, Any]:
+        return {**inputs, **self._args}
 
-    def candidates(self, biased: bool, backward: bool) -> dict[str, _Candidate | str]:
+    def candidates(self, biased: bool, backward: bool) -> dict[str, Candidate | str]:
         del biased
-
-        def candidate(function: Callable[..., Tensor]) -> _Candidate:
-            return lambda inputs: function(**inputs, **self._args)
-
-        found: dict[str, _Candidate | str] = {n: candidate(f) for n, f in _OPS.items()}
-        channels = self.heads * self.head_dim
-        expanded = self.batch * self.num_regions**2 * self.height * self.width * channels / 2**28
-        if backward and expanded > 1:
-            found[GATHER] = f"its gradient takes {expanded:.1f} GiB for the keys alone"
+        found: dict[str, Candidate | str] = {n: self._candidate(f) for n, f in _OPS.items()}
+        if backward and self._expanded > 1:
+            found[GATHER] = self._too_large
         return found
+
+    def peers(self, biased: bool, backward: bool, compiled: Compile) -> dict[str, Candidate | str]:
+        del biased
+        found: dict[str, Candidate | str] = {}
+        for name in (GATHER, SELECT):
+            candidate = self._candidate(_OPS[name])
+            found |= {name: candidate, f"{name}, compiled": compiled(candidate)}
+        if backward and self._expanded > _MOST_EXPANDED:
+            found |= dict.fromkeys((GATHER, f"{GATHER}, compiled"), self._too_large)
+        flex = self._candidate(peer(None, _flex))
+        found["FlexAttention, compiled"] = compiled(lambda x: flex(bench_flex.given(x)))
+        return found
+
+    def _candidate(self, function: Callable[..., Tensor]) -> Candidate:
+        return lambda inputs: function(**inputs, **self._args)
+
+    @property
+    def _expanded(self) -> float:
+        """GiB of the keys that every region could choose, whose gradient `torch.gather` fills."""
+        numbers = self.batch * self.num_regions**2 * self.height * self.width
+        return numbers * self.heads * self.head_dim * self.dtype.itemsize / 2**30
+
+    @property
+    def _too_large(self) -> str:
+        return f"its gradient takes {self._expanded:.1f} GiB for the keys alone"
 
 
 def cases(quick: bool) -> list[Routing]:
@@ -175,6 +216,19 @@ def cases(quick: bool) -> list[Routing]:
     return found
 
 
+def native_cases(img_size: str) -> list[Routing]:
+    """BiFormer-S's maps on images of a size."""
+    found = []
+    for call in bench_case.calls("routing", ("biformer_small",), img_size):
+        batch, height, width, heads, head_dim = call.query.shape
+        rows, columns = call.num_regions
+        assert rows == columns, "this model has squares of regions"
+        shape = (height, width, heads, call.topk, rows)
+        found.append(Routing(*shape, batch=batch, head_dim=head_dim))
+    return bench_case.distinct(found)
+
+
+_MOST_EXPANDED = 16.0  # GiB, on a GPU
 _SIZE = (800, 1216)
 _MODEL = "biformer_tiny"
 _GOALS = {"ms": ("time", 2.0), "peak_mib": ("peak memory", 3.0)}

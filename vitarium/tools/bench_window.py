@@ -2,30 +2,40 @@
 
 All get the projection of a whole map and give a whole map. The peers prepare the mask of a
 shifted map and the index of its bias once, as timm's blocks do; what depends on the inputs they
-do per call, as ours does.
+do per call, as ours does. Where windows do not divide a map, it is rolled, then completed.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from timm.models.swin_transformer import get_relative_position_index
-from torch import Tensor
+from timm.models import davit
+from timm.models.swin_transformer import (
+    WindowAttention,
+    get_relative_position_index,
+    window_partition,
+    window_reverse,
+)
+from torch import Tensor, nn
+from torch.func import functional_call
 
-from vitarium.ops import window_attention
-
-_Inputs = dict[str, Tensor]
-_Candidate = Callable[[_Inputs], Tensor]
+from vitarium.ops.window_attn import windows
+from vitarium.tools import bench_case, bench_flex
+from vitarium.tools.bench_case import Candidate, Compile, Inputs, OpCase
 
 
 @dataclass(frozen=True)
-class Window:
-    """Windows on maps batch x height x width with heads of head_dim channels."""
+class Window(OpCase):
+    """Windows on maps batch x height x width with heads of head_dim channels.
+
+    Attributes:
+        pad: whether padded positions have a value of their own, as behind a projection with bias.
+    """
 
     height: int
     width: int
@@ -37,7 +47,8 @@ class Window:
     biases: tuple[bool, ...] = (False, True)
     batch: int = 4
     head_dim: int = 32
-    op: str = "window"
+    pad: bool = False
+    op: ClassVar[str] = "window"
 
     @property
     def title(self) -> str:
@@ -46,32 +57,42 @@ class Window:
             found += f", shift {self.shift_size}"
         return found + (", cosine" if self.cosine else "")
 
-    def inputs(self, biased: bool) -> _Inputs:
+    def inputs(self, biased: bool) -> Inputs:
         torch.manual_seed(0)
-        shape = (self.batch, self.height, self.width, 3, self.heads, self.head_dim)
-        inputs = {"qkv": torch.randn(shape)}
+        qkv = self.random(self.batch, self.height, self.width, 3, self.heads, self.head_dim)
+        inputs = {"qkv": qkv}
         if biased:
             entries = 2 * self.window_size - 1
-            inputs["bias"] = torch.randn(self.heads, entries, entries)
+            inputs["bias"] = self.random(self.heads, entries, entries)
         if self.cosine:
-            inputs["logit_scale"] = torch.full((self.heads,), math.log(10))
+            inputs["logit_scale"] = qkv.new_full((self.heads,), math.log(10))
+        if self.pad:
+            inputs["pad"] = self.random(3, self.heads, self.head_dim)
         return {name: x.requires_grad_() for name, x in inputs.items()}
 
-    def oracle(self, inputs: _Inputs) -> Tensor:
-        return self._attend({name: x.double() for name, x in inputs.items()}, "reference")
+    def arguments(self, inputs: Inputs) -> dict[str, Any]:
+        rest = {name: x for name, x in inputs.items() if name != "qkv"}
+        rest |= bench_case.named(inputs["qkv"].unbind(3))
+        return {"window_size": self.window_size, "shift_size": self.shift_size, **rest}
 
-    def candidates(self, biased: bool, backward: bool) -> dict[str, _Candidate | str]:
+    def candidates(self, biased: bool, backward: bool) -> dict[str, Candidate | str]:
         del biased, backward
         return {
-            "vitarium": self._attend,
+            "vitarium": self.ours,
             "windows + matmul + softmax": self._plain,
             "windows + SDPA, float mask": self._fused,
         }
 
-    def _attend(self, inputs: _Inputs, impl: str | None = None) -> Tensor:
-        rest = {name: x for name, x in inputs.items() if name != "qkv"}
-        maps = inputs["qkv"].unbind(3)
-        return window_attention(*maps, self.window_size, self.shift_size, **rest, impl=impl)
+    def peers(self, biased: bool, backward: bool, compiled: Compile) -> dict[str, Candidate | str]:
+        del biased, backward
+        assert not self.cosine, "timm's modules below are Swin's and DaViT's"
+        return {
+            "timm": self._timm,
+            "timm, compiled": compiled(self._timm),
+            "SDPA, float mask": self._fused,
+            "SDPA, float mask, compiled": compiled(self._fused),
+            "FlexAttention, compiled": compiled(self._flex),
+        }
 
     @cached_property
     def _counts(self) -> tuple[int, int]:
@@ -79,7 +100,8 @@ class Window:
 
     @cached_property
     def _entry(self) -> Tensor:
-        return get_relative_position_index(self.window_size, self.window_size).flatten()
+        window = self.window_size
+        return get_relative_position_index(window, window, device=self.device).flatten()
 
     @cached_property
     def _mask(self) -> Tensor:
@@ -87,11 +109,12 @@ class Window:
         w, s = self.window_size, self.shift_size
         labels = []
         for count in self._counts:
-            label = torch.zeros(count * w)
+            label = torch.zeros(count * w, device=self.device)
             label[-w:], label[-s:] = 1, 2
             labels.append(label)
         region = self._cut((3 * labels[0][:, None] + labels[1])[None, :, :, None]).squeeze(-1)
-        return torch.where(region[:, None] != region[:, :, None], -100.0, 0.0)[:, None]
+        mask = torch.where(region[:, None] != region[:, :, None], windows.MASKED, 0.0)
+        return mask[:, None].to(self.dtype)
 
     def _cut(self, x: Tensor) -> Tensor:
         """[B, H, W, C] -> [B * windows, L, C]."""
@@ -99,43 +122,54 @@ class Window:
         x = x.unflatten(2, (-1, w)).unflatten(1, (-1, w)).transpose(2, 3)
         return x.flatten(3, 4).flatten(0, 2)
 
-    def _windows(self, qkv: Tensor) -> tuple[Tensor, ...]:
-        """Query, key and value [B * windows, heads, L, head_dim]."""
-        x = qkv.flatten(3)
+    def _completed(self, inputs: Inputs) -> Tensor:
+        """The projection of a map that windows divide, [B, H, W, 3 * heads * head_dim]."""
+        x = inputs["qkv"].flatten(3)
         if self.shift_size:
             x = x.roll((-self.shift_size, -self.shift_size), (1, 2))
         below, right = (
             count * self.window_size - size
             for count, size in zip(self._counts, (self.height, self.width), strict=True)
         )
-        x = self._cut(F.pad(x, (0, 0, 0, right, 0, below)))
+        if not self.pad:
+            return F.pad(x, (0, 0, 0, right, 0, below))
+        fill = inputs["pad"].flatten()
+        x = torch.cat([x, fill.expand(self.batch, self.height, right, -1)], 2)
+        return torch.cat([x, fill.expand(self.batch, below, self.width + right, -1)], 1)
+
+    def _windows(self, inputs: Inputs) -> tuple[Tensor, ...]:
+        """Query, key and value [B * windows, heads, L, head_dim]."""
+        x = self._cut(self._completed(inputs))
         return x.unflatten(2, (3, self.heads, self.head_dim)).permute(2, 0, 3, 1, 4).unbind(0)
 
     def _map(self, x: Tensor) -> Tensor:
         """[B * windows, heads, L, head_dim] -> [B, H, W, heads, head_dim]."""
         w = self.window_size
         x = x.transpose(1, 2).flatten(2).unflatten(0, (self.batch, *self._counts))
-        x = x.unflatten(3, (w, w)).transpose(2, 3).flatten(3, 4).flatten(1, 2)
+        return self._cropped(x.unflatten(3, (w, w)).transpose(2, 3).flatten(3, 4).flatten(1, 2))
+
+    def _cropped(self, x: Tensor) -> Tensor:
+        """What `_completed` did, undone."""
         x = x[:, : self.height, : self.width]
         if self.shift_size:
             x = x.roll((self.shift_size, self.shift_size), (1, 2))
         return x.unflatten(3, (self.heads, self.head_dim))
 
-    def _bias(self, inputs: _Inputs) -> Tensor | None:
+    def _bias(self, inputs: Inputs) -> Tensor | None:
         """[1, heads, L, L]."""
         if "bias" not in inputs:
             return None
         length = self.window_size**2
         return inputs["bias"].flatten(1)[:, self._entry].view(1, -1, length, length)
 
-    def _scaled(self, query: Tensor, key: Tensor, inputs: _Inputs) -> tuple[Tensor, Tensor]:
+    def _scaled(self, query: Tensor, key: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor]:
         if not self.cosine:
             return query * self.head_dim**-0.5, key
         factor = inputs["logit_scale"].clamp(max=math.log(100)).exp()
         return F.normalize(query, dim=-1) * factor[:, None, None], F.normalize(key, dim=-1)
 
-    def _plain(self, inputs: _Inputs) -> Tensor:
-        query, key, value = self._windows(inputs["qkv"])
+    def _plain(self, inputs: Inputs) -> Tensor:
+        query, key, value = self._windows(inputs)
         query, key = self._scaled(query, key, inputs)
         scores = query @ key.mT
         bias = self._bias(inputs)
@@ -146,8 +180,8 @@ class Window:
             scores = masked.flatten(0, 1)
         return self._map(scores.softmax(-1) @ value)
 
-    def _fused(self, inputs: _Inputs) -> Tensor:
-        query, key, value = self._windows(inputs["qkv"])
+    def _fused(self, inputs: Inputs) -> Tensor:
+        query, key, value = self._windows(inputs)
         if self.cosine:
             query, key = self._scaled(query, key, inputs)
         mask = self._bias(inputs)
@@ -156,6 +190,49 @@ class Window:
             mask = mask.repeat(self.batch, 1, 1, 1)
         scale = 1.0 if self.cosine else None
         return self._map(F.scaled_dot_product_attention(query, key, value, mask, scale=scale))
+
+    @cached_property
+    def _timms(self) -> tuple[nn.Module, nn.Module]:
+        """Attention of timm's DaViT and of its Swin, without projections."""
+        channels, window = self.heads * self.head_dim, (self.window_size, self.window_size)
+        dd: dict[str, Any] = {"device": self.device, "dtype": self.dtype}
+        modules: Any = (
+            davit.WindowAttention(channels, window, self.heads, **dd),
+            WindowAttention(channels, self.heads, window_size=window, **dd),
+        )
+        for module in modules:
+            module.qkv, module.proj = bench_case.Given(), nn.Identity()
+        nn.init.zeros_(modules[1].relative_position_bias_table)
+        return modules
+
+    def _timm(self, inputs: Inputs) -> Tensor:
+        window = (self.window_size, self.window_size)
+        x = self._completed(inputs)
+        size = x.shape[1:3]
+        x = window_partition(x, window).flatten(1, 2)
+        given = {"qkv.value": x}
+        args: tuple[Any, ...] = (x[..., : self.heads * self.head_dim],)
+        is_swin = "bias" in inputs or self.shift_size > 0
+        if is_swin:
+            args = (*args, self._mask.squeeze(1) if self.shift_size else None)
+        if "bias" in inputs:
+            given["relative_position_bias_table"] = inputs["bias"].flatten(1).t()
+        out = functional_call(self._timms[is_swin], given, args)
+        out = window_reverse(out.unflatten(1, window), window, *size)
+        return self._cropped(out)
+
+    def _flex(self, inputs: Inputs) -> Tensor:
+        inputs = bench_flex.given(inputs)
+        window, count = self.window_size, math.prod(self._counts)
+        bias, mask = inputs.get("bias"), self._mask.squeeze(1) if self.shift_size else None
+
+        def score_mod(score: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+            if bias is not None:
+                row, column = q // window - k // window, q % window - k % window
+                score = score + bias[h, row + window - 1, column + window - 1]
+            return score if mask is None else score + mask[b % count, q, k]
+
+        return self._map(bench_flex.attend(self._windows(inputs), score_mod))
 
 
 def cases(quick: bool) -> list[Window]:
@@ -181,3 +258,28 @@ def cases(quick: bool) -> list[Window]:
         Window(64, 64, 3, 8, 4, cosine=True, goals=goals(1.5, 1.1)),
         Window(64, 64, 3, 16, 8, cosine=True, goals=goals(1.2, 1.05)),
     ]
+
+
+def native_cases(img_size: str) -> list[Window]:
+    """The windows of Swin-T, DaViT-T and Agent-Swin-T on images of a size."""
+    models = ("fused_swin_tiny_patch4_window7_224", "fused_davit_tiny", "agent_swin_tiny")
+    found = []
+    for call in bench_case.calls("window", models, img_size):
+        batch, height, width, heads, head_dim = call.query.shape
+        size, given = (height, width), (call.window_size, call.shift_size)
+        window, shift = windows.clamped(size, *given, call.semantics)
+        assert (*window, *shift) == (*window[::-1], *shift[::-1]), "these models have squares"
+        found.append(
+            Window(
+                height,
+                width,
+                heads,
+                window[0],
+                shift[0],
+                biases=(call.bias is not None,),
+                batch=batch,
+                head_dim=head_dim,
+                pad=bool(height % window[0] or width % window[1]),
+            )
+        )
+    return bench_case.distinct(found)
