@@ -8,7 +8,7 @@ from timm.layers import register_notrace_function
 from torch import Tensor
 
 from vitarium.ops import _checks, _select
-from vitarium.ops.agent_attn import aten, reference
+from vitarium.ops.agent_attn import aten, reference, triton_launch
 
 _Prefix = tuple[Tensor, Tensor, Tensor]
 
@@ -79,6 +79,9 @@ _op = _select.register(
         {
             "reference": _select.Implementation(
                 reference.run, reference.unsupported, _select.on_request
+            ),
+            "triton": _select.Implementation(
+                triton_launch.run, triton_launch.unsupported, triton_launch.reserved
             ),
             "aten": _select.Implementation(aten.run, aten.unsupported, _select.always),
         },
