@@ -20,6 +20,18 @@ _PER_PROCESSOR = 4  # programs of a multiprocessor that keep its memory busy
 _ALONE = 1 << 14  # elements of a head for which several programs cost more than they save
 _ALIGNED = 8  # elements: 16 bytes in half precision
 
+# Tokens of a block, warps and stages, by the block of head_dim: what registers can hold.
+_HALF = {
+    32: [(64, 4, 3), (128, 4, 2), (128, 4, 3), (64, 4, 4), (64, 2, 3), (32, 1, 4)],
+    64: [(64, 4, 3), (64, 8, 3), (128, 8, 2), (64, 4, 2), (64, 4, 4)],
+    128: [(32, 8, 3), (64, 8, 2), (32, 8, 2)],
+}
+_SINGLE = {
+    32: [(32, 4, 2), (16, 4, 2), (32, 8, 2)],
+    64: [(16, 4, 2), (16, 8, 2)],
+    128: [(16, 8, 2)],
+}
+
 
 def unsupported(call: Call) -> str | None:
     """Whatever kernels cannot take."""
@@ -76,14 +88,10 @@ def _arguments(**maps: Tensor) -> dict[str, Any]:
 
 
 def _configs(x: Tensor) -> list[_triton.Config]:
-    """Blocks of tokens, for a pass over maps [B, N, heads, head_dim]."""
-    if x.dtype == torch.float32:
-        found = [(32, 4, 2), (16, 4, 2), (32, 2, 2)]
-    elif x.shape[3] > 64:
-        found = [(64, 8, 2), (32, 8, 3), (64, 4, 2)]
-    else:
-        found = [(64, 4, 3), (64, 2, 3), (128, 4, 2), (128, 4, 3), (64, 4, 4), (32, 1, 4)]
-    return [_triton.Config({"BLOCK_M": m}, warps, stages) for m, warps, stages in found]
+    """For passes over maps [B, N, heads, head_dim]."""
+    found = _SINGLE if x.dtype == torch.float32 else _HALF
+    blocks = found[_triton.block(x.shape[3], least=32)]
+    return [_triton.Config({"BLOCK_M": m}, warps, stages) for m, warps, stages in blocks]
 
 
 _KEY = ("HEAD_DIM", "UNIT", "PRECISION")
