@@ -5,13 +5,15 @@ included. Regions of queries are those that hold any token of the map; regions o
 Chosen regions are read where they lie in the map, through their index.
 
 A program owns a block of slots and loops over blocks of those that it attends to, or that attend
-to it. These belong to a list of regions, and the owner is a part of one region. Or, DENSE, they
-are all slots of the image, and so are the owners: where regions are smaller than a product of
-matrices may be, that is less work. Then a word of bits says for each query which of the regions in
-a block of keys it sees (MASKED).
+to it. These belong to a list of regions, and the owner to one region. Or, DENSE, they are all slots
+of the image, and so are the owners: where regions are smaller than a product of matrices may be,
+that is less work. What was not chosen is then pushed out of the softmax (MASKED): a small product
+adds to the scores what a table [regions of queries, regions of keys] holds. Blocks hold whole
+regions there.
 
-Strides come in units of UNIT elements, so that the compiler sees what divides them and reads
-vectors. Programs of neighboring heads, which are neighbors in memory, run at the same time.
+Where all that is attended to is one block (ONCE), a program computes a GROUP of heads, which share
+the positions. Strides come in units of UNIT elements, so that the compiler sees what divides them
+and reads vectors. Programs of neighboring heads, which are neighbors in memory, run together.
 """
 
 # ruff: noqa: N803
@@ -21,65 +23,113 @@ import triton
 import triton.language as tl
 
 _LOG2_E = tl.constexpr(1.4426950408889634)  # exponentials are of base 2
-_LOWEST = tl.constexpr(-1e30)  # less than all scores, but their differences are finite
+_LOWEST = tl.constexpr(-1e38)  # of scores; finite, for differences of it
 _STRIDES = [f"{x}_stride_{axis}" for x in ("q", "k", "v", "grad") for axis in "bhwn"]
 _SIZES = ["height", "width", "region_height", "region_width", "query_columns", "key_columns"]
 _SIZES += ["query_regions", "key_regions"]
 
 
 @triton.jit
+def _quotient(x, divisor):
+    """Of numbers that are not negative: cheaper than of any."""
+    return (x.to(tl.uint32) // divisor.to(tl.uint32)).to(tl.int32)
+
+
+@triton.jit
 def _place(region, token, columns, region_height, region_width):
     """Row and column in the map."""
-    down, right = region // columns, token // region_width
+    down, right = _quotient(region, columns), _quotient(token, region_width)
     row = down * region_height + right
     column = (region - down * columns) * region_width + token - right * region_width
     return row.to(tl.int64), column.to(tl.int64)
 
 
 @triton.jit
-def _owner(regions, length, HEADS: tl.constexpr, DENSE: tl.constexpr, BLOCK: tl.constexpr):
-    """Image and head of this program, its list of regions, and the slots that it owns.
-
-    These as region and token in it, which of them there are, and the first one's region.
-    """
-    program = tl.program_id(0)
-    head, rest = program % HEADS, program // HEADS
-    if DENSE:
-        blocks = tl.cdiv(regions * length, BLOCK)
-        image, block = rest // blocks, rest % blocks
-        first = block * BLOCK // length
-        slot = block * BLOCK + tl.arange(0, BLOCK)
-        region = slot // length
-        token = slot - region * length
-        owned = region < regions
+def _blocks(regions, length, MASKED: tl.constexpr, BLOCK: tl.constexpr):
+    """How many blocks hold the slots of regions."""
+    if MASKED:
+        return tl.cdiv(regions, BLOCK // length)
     else:
-        blocks = tl.cdiv(length, BLOCK)
-        first = rest // blocks % regions
-        image = rest // blocks // regions
-        token = rest % blocks * BLOCK + tl.arange(0, BLOCK)
-        region = first + tl.zeros_like(token)
-        owned = token < length
-    return image.to(tl.int64), head.to(tl.int64), first, region, token, owned
+        return tl.cdiv(regions * length, BLOCK)
 
 
 @triton.jit
-def _listed(list_ptr, start, slots, length, DENSE: tl.constexpr, DIVISOR: tl.constexpr, BLOCK):
-    """A block of slots as region and token in it, and which of them there are.
+def _slots(
+    list_ptr,
+    block,
+    regions,
+    length,
+    DENSE: tl.constexpr,
+    MASKED: tl.constexpr,
+    DIVISOR: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """A block of the slots of regions: the region of each, its place there, whether it exists.
 
-    The list holds DIVISOR numbers per region: its index is their quotient.
+    Unless DENSE, the regions are those of a list that holds DIVISOR numbers for each one.
     """
-    slot = start + tl.arange(0, BLOCK)
-    there = slot < slots
-    region = slot // length
-    token = slot - region * length
-    if not DENSE:
-        region = tl.load(list_ptr + region, mask=there, other=0).to(tl.int32) // DIVISOR
+    slot = tl.arange(0, BLOCK)
+    if MASKED:
+        whole = BLOCK // length
+        region = _quotient(slot, length)
+        token = slot - region * length
+        there = region < whole
+        region += block * whole
+        there = there & (region < regions)
+    else:
+        slot += block * BLOCK
+        region = _quotient(slot, length)
+        token = slot - region * length
+        there = region < regions
+        if not DENSE:
+            region = tl.load(list_ptr + region, mask=there, other=0).to(tl.int32) // DIVISOR
     return region, token, there
 
 
 @triton.jit
+def _owned(
+    block,
+    regions,
+    length,
+    DENSE: tl.constexpr,
+    MASKED: tl.constexpr,
+    WHOLE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """The slots of a program, as `_slots` gives them, and the region, unless there are more."""
+    if DENSE:
+        region, token, there = _slots(None, block, regions, length, True, MASKED, 1, BLOCK)
+        one = 0
+    else:
+        one = block
+        token = tl.arange(0, BLOCK)
+        if not WHOLE:
+            blocks = tl.cdiv(length, BLOCK)
+            one = block // blocks
+            token += (block - one * blocks) * BLOCK
+        region = one + tl.zeros_like(token)
+        there = token < length
+    return region, token, there, one
+
+
+@triton.jit
+def _regions(length, BLOCK_R: tl.constexpr, BLOCK: tl.constexpr):
+    """[BLOCK_R, BLOCK]: 1 where a slot belongs to a region of its block."""
+    region = _quotient(tl.arange(0, BLOCK), length)
+    return (tl.arange(0, BLOCK_R)[:, None] == region[None, :]).to(tl.float32).to(tl.bfloat16)
+
+
+@triton.jit
+def _added(mask_ptr, region, there, block, blocks, BLOCK_R: tl.constexpr):
+    """What the scores of queries with the regions in a block of keys get, [queries, BLOCK_R]."""
+    at = (region * blocks + block).to(tl.int64) * BLOCK_R
+    where = mask_ptr + at[:, None] + tl.arange(0, BLOCK_R)[None, :]
+    return tl.load(where, mask=there[:, None], other=_LOWEST)
+
+
+@triton.jit
 def _inside(row, column, there, height, width, RAGGED: tl.constexpr):
-    """Which slots hold a token of the map, given that ``there`` are slots."""
+    """Which slots hold a token of the map."""
     if RAGGED:
         return there & (row < height) & (column < width)
     else:
@@ -96,20 +146,26 @@ def _mask(rows, DIM: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def _at(ptr, image, head, stride_b, stride_n, UNIT: tl.constexpr):
+    """A head of an image."""
+    return ptr + (image * stride_b + head.to(tl.int64) * stride_n) * UNIT
+
+
+@triton.jit
 def _read(
     base, row, column, inside, stride_h, stride_w, UNIT: tl.constexpr, DIM: tl.constexpr, BLOCK
 ):
     """Tokens [rows, BLOCK] of a map; zeros where there are none."""
-    at = row * (stride_h * UNIT) + column * (stride_w * UNIT)
+    at = (row * stride_h + column * stride_w) * UNIT
     where = base + at[:, None] + tl.arange(0, BLOCK)[None, :]
     return tl.load(where, mask=_mask(inside, DIM, BLOCK), other=0.0)
 
 
 @triton.jit
-def _filled(x, inside, pad_ptr, DIM: tl.constexpr, BLOCK: tl.constexpr):
-    """Tokens with the vector at ``pad_ptr`` in the place of those that are not ``inside``."""
+def _filled(x, inside, pad_ptr, vector, DIM: tl.constexpr, BLOCK: tl.constexpr):
+    """Tokens with a vector of ``pad`` in the place of those that are not inside."""
     d = tl.arange(0, BLOCK)
-    fill = tl.load(pad_ptr + d, mask=d < DIM, other=0.0)
+    fill = tl.load(pad_ptr + vector * DIM + d, mask=d < DIM, other=0.0)
     return tl.where(inside[:, None], x, fill[None, :])
 
 
@@ -121,26 +177,6 @@ def _write(
     at = ((image * height + row) * width + column) * HEADS + head
     where = ptr + (at * DIM)[:, None] + tl.arange(0, BLOCK)[None, :]
     tl.store(where, x.to(ptr.dtype.element_ty), mask=_mask(inside, DIM, BLOCK))
-
-
-@triton.jit
-def _words(chosen_ptr, region, there, first, TOPK: tl.constexpr, BLOCK_K: tl.constexpr):
-    """Bit i: whether queries of a region see region ``first + i`` of keys, for i < 32.
-
-    Those that are not there see all, which keeps their numbers finite.
-    """
-    k = tl.arange(0, BLOCK_K)
-    mask = there[:, None] & (k < TOPK)[None, :]
-    near = tl.load(chosen_ptr + region[:, None] * TOPK + k[None, :], mask=mask, other=0)
-    near = near.to(tl.int32) - first
-    seen = mask & (near >= 0) & (near < 32)
-    return tl.where(there, tl.sum(tl.where(seen, 1 << (near & 31), 0), 1), -1)
-
-
-@triton.jit
-def _sees(words, bit):
-    """Whether a bit of words, among the lowest 32, is set."""
-    return (words >> (bit & 31)) & 1 != 0
 
 
 @triton.jit(do_not_specialize=[*_STRIDES, *_SIZES, "parts", "span"])
@@ -180,9 +216,9 @@ def _routing_mean_kernel(
     BLOCKS: tl.constexpr = (CHANNELS + BLOCK_C - 1) // BLOCK_C
     program = tl.program_id(0)
     c = program % BLOCKS * BLOCK_C + tl.arange(0, BLOCK_C)
-    part = program // BLOCKS % parts
-    region = program // BLOCKS // parts % key_regions
-    image = (program // BLOCKS // parts // key_regions).to(tl.int64)
+    region = program // BLOCKS // parts
+    part = program // BLOCKS - region * parts
+    image = tl.program_id(1).to(tl.int64)
     length = region_height * region_width
     channel = c < CHANNELS
     q_at = (image * q_stride_b + (c // HEAD_DIM).to(tl.int64) * q_stride_n) * UNIT + c % HEAD_DIM
@@ -194,9 +230,9 @@ def _routing_mean_kernel(
         row, column = _place(region, token, key_columns, region_height, region_width)
         inside = (token < length) & (row < height) & (column < width)
         mask = inside[:, None] & channel[None, :]
-        at = row * (q_stride_h * UNIT) + column * (q_stride_w * UNIT)
+        at = (row * q_stride_h + column * q_stride_w) * UNIT
         q_sum += tl.load(q_ptr + at[:, None] + q_at[None, :], mask=mask, other=0.0).to(tl.float32)
-        at = row * (k_stride_h * UNIT) + column * (k_stride_w * UNIT)
+        at = (row * k_stride_h + column * k_stride_w) * UNIT
         k_sum += tl.load(k_ptr + at[:, None] + k_at[None, :], mask=mask, other=0.0).to(tl.float32)
     q = tl.sum(q_sum, 0)
     k = tl.sum(k_sum, 0)
@@ -234,6 +270,7 @@ def _routing_fwd_kernel(
     v_stride_n,
     pad_ptr,
     chosen_ptr,
+    mask_ptr,
     out_ptr,
     sums_ptr,
     scale,
@@ -254,57 +291,74 @@ def _routing_fwd_kernel(
     MASKED: tl.constexpr,
     RAGGED: tl.constexpr,
     PADDED: tl.constexpr,
+    WHOLE: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_E: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    ONCE: tl.constexpr,
+    GROUP: tl.constexpr,
 ):
     """Attention, and its logarithmic sums to base 2 in the order of slots."""
+    image = tl.program_id(1).to(tl.int64)
+    piece = tl.program_id(0) // (HEADS // GROUP)
+    first = tl.program_id(0) % (HEADS // GROUP) * GROUP
     length = region_height * region_width
-    image, head, one, region, token, owned = _owner(query_regions, length, HEADS, DENSE, BLOCK_M)
+    region, token, there, one = _owned(piece, query_regions, length, DENSE, MASKED, WHOLE, BLOCK_M)
     row, column = _place(region, token, query_columns, region_height, region_width)
-    real = _inside(row, column, owned, height, width, RAGGED)
-    base = q_ptr + (image * q_stride_b + head * q_stride_n) * UNIT
-    q = _read(base, row, column, real, q_stride_h, q_stride_w, UNIT, HEAD_DIM, BLOCK_D)
-    k_base = k_ptr + (image * k_stride_b + head * k_stride_n) * UNIT
-    v_base = v_ptr + (image * v_stride_b + head * v_stride_n) * UNIT
-    chosen_ptr += image * query_regions * TOPK
-    slots = key_regions * length if DENSE else TOPK * length
+    real = _inside(row, column, there, height, width, RAGGED)
+    chosen_ptr += (image * query_regions + one) * TOPK
+    count = key_regions if DENSE else TOPK
+    blocks = _blocks(count, length, MASKED, BLOCK_N)
     power = scale * _LOG2_E
-
-    largest = tl.full([BLOCK_M], _LOWEST, tl.float32)
-    total = tl.zeros([BLOCK_M], tl.float32)
-    out = tl.zeros([BLOCK_M, BLOCK_E], tl.float32)
-    for start in range(0, slots, BLOCK_N):
-        near, n, there = _listed(chosen_ptr + one * TOPK, start, slots, length, DENSE, 1, BLOCK_N)
+    if MASKED:
+        of_regions = _regions(length, BLOCK_R, BLOCK_N)
+        mask_ptr += image * query_regions * blocks * BLOCK_R
+    if ONCE:
+        near, n, seen = _slots(chosen_ptr, 0, count, length, DENSE, MASKED, 1, BLOCK_N)
         y, x = _place(near, n, key_columns, region_height, region_width)
-        inside = _inside(y, x, there, height, width, RAGGED)
-        k = _read(k_base, y, x, inside, k_stride_h, k_stride_w, UNIT, HEAD_DIM, BLOCK_D)
-        v = _read(v_base, y, x, inside, v_stride_h, v_stride_w, UNIT, VALUE_DIM, BLOCK_E)
-        if PADDED:
-            k = _filled(k, inside, pad_ptr + (HEADS + head) * HEAD_DIM, HEAD_DIM, BLOCK_D)
-            v = _filled(v, inside, pad_ptr + (2 * HEADS + head) * HEAD_DIM, VALUE_DIM, BLOCK_E)
-        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-        seen = there[None, :]
-        if MASKED:
-            first = start // length
-            words = _words(chosen_ptr, region, owned, first, TOPK, BLOCK_K)
-            seen = seen & _sees(words[:, None], (near - first)[None, :])
-        scores = tl.where(seen, scores, -float("inf"))
-        larger = tl.maximum(largest, tl.max(scores, 1) * power)
-        weights = tl.exp2(scores * power - larger[:, None])
-        fade = tl.exp2(largest - larger)
-        total = total * fade + tl.sum(weights, 1)
-        out = out * fade[:, None]
-        out += tl.dot(weights.to(v.dtype), v, input_precision=PRECISION)
-        largest = larger
+        inside = _inside(y, x, seen, height, width, RAGGED)
 
-    out = out / total[:, None]
-    _write(out_ptr, out, image, head, row, column, real, height, width, HEADS, VALUE_DIM, BLOCK_E)
-    at = (image * HEADS + head) * query_regions * length + region * length + token
-    tl.store(sums_ptr + at, largest + tl.log2(total), mask=owned)
+    for i in range(0, GROUP):
+        head = first + i
+        base = _at(q_ptr, image, head, q_stride_b, q_stride_n, UNIT)
+        q = _read(base, row, column, real, q_stride_h, q_stride_w, UNIT, HEAD_DIM, BLOCK_D)
+        k_base = _at(k_ptr, image, head, k_stride_b, k_stride_n, UNIT)
+        v_base = _at(v_ptr, image, head, v_stride_b, v_stride_n, UNIT)
+        largest = tl.full([BLOCK_M], _LOWEST, tl.float32)
+        total = tl.zeros([BLOCK_M], tl.float32)
+        out = tl.zeros([BLOCK_M, BLOCK_E], tl.float32)
+        for block in range(0, 1 if ONCE else blocks):
+            if not ONCE:
+                near, n, seen = _slots(chosen_ptr, block, count, length, DENSE, MASKED, 1, BLOCK_N)
+                y, x = _place(near, n, key_columns, region_height, region_width)
+                inside = _inside(y, x, seen, height, width, RAGGED)
+            k = _read(k_base, y, x, inside, k_stride_h, k_stride_w, UNIT, HEAD_DIM, BLOCK_D)
+            v = _read(v_base, y, x, inside, v_stride_h, v_stride_w, UNIT, VALUE_DIM, BLOCK_E)
+            if PADDED:
+                k = _filled(k, inside, pad_ptr, HEADS + head, HEAD_DIM, BLOCK_D)
+                v = _filled(v, inside, pad_ptr, 2 * HEADS + head, VALUE_DIM, BLOCK_E)
+            scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+            if MASKED:
+                added = _added(mask_ptr, region, there, block, blocks, BLOCK_R)
+                scores = tl.dot(added, of_regions, scores)
+            else:
+                scores = tl.where(seen[None, :], scores, _LOWEST)
+            larger = tl.maximum(largest, tl.max(scores, 1) * power)
+            weights = tl.exp2(scores * power - larger[:, None])
+            fade = tl.exp2(largest - larger)
+            total = total * fade + tl.sum(weights, 1)
+            out = out * fade[:, None]
+            out += tl.dot(weights.to(v.dtype), v, input_precision=PRECISION)
+            largest = larger
+        out *= (1.0 / total)[:, None]
+        _write(
+            out_ptr, out, image, head, row, column, real, height, width, HEADS, VALUE_DIM, BLOCK_E
+        )
+        at = (image * HEADS + head) * query_regions * length + region * length + token
+        tl.store(sums_ptr + at, largest + tl.log2(total), mask=there)
 
 
 @triton.jit(do_not_specialize=[*_STRIDES, *_SIZES, "scale"])
@@ -331,6 +385,7 @@ def _routing_bwd_query_kernel(
     v_stride_n,
     pad_ptr,
     chosen_ptr,
+    mask_ptr,
     out_ptr,
     sums_ptr,
     grad_q_ptr,
@@ -353,59 +408,77 @@ def _routing_bwd_query_kernel(
     MASKED: tl.constexpr,
     RAGGED: tl.constexpr,
     PADDED: tl.constexpr,
+    WHOLE: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_E: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    ONCE: tl.constexpr,
+    GROUP: tl.constexpr,
 ):
     """Gradient of the queries, and each one's product of output and gradient, ``delta``."""
+    image = tl.program_id(1).to(tl.int64)
+    piece = tl.program_id(0) // (HEADS // GROUP)
+    first = tl.program_id(0) % (HEADS // GROUP) * GROUP
     length = region_height * region_width
-    image, head, one, region, token, owned = _owner(query_regions, length, HEADS, DENSE, BLOCK_M)
+    region, token, there, one = _owned(piece, query_regions, length, DENSE, MASKED, WHOLE, BLOCK_M)
     row, column = _place(region, token, query_columns, region_height, region_width)
-    real = _inside(row, column, owned, height, width, RAGGED)
-    base = q_ptr + (image * q_stride_b + head * q_stride_n) * UNIT
-    q = _read(base, row, column, real, q_stride_h, q_stride_w, UNIT, HEAD_DIM, BLOCK_D)
-    base = grad_ptr + (image * grad_stride_b + head * grad_stride_n) * UNIT
-    grad = _read(base, row, column, real, grad_stride_h, grad_stride_w, UNIT, VALUE_DIM, BLOCK_E)
-    at = ((image * height + row) * width + column) * HEADS + head
-    where = out_ptr + (at * VALUE_DIM)[:, None] + tl.arange(0, BLOCK_E)[None, :]
-    out = tl.load(where, mask=_mask(real, VALUE_DIM, BLOCK_E), other=0.0)
-    delta = tl.sum(out.to(tl.float32) * grad.to(tl.float32), 1)
-    at = (image * HEADS + head) * query_regions * length + region * length + token
-    tl.store(delta_ptr + at, delta, mask=owned)
-    sums = tl.load(sums_ptr + at, mask=owned, other=0.0)
-    k_base = k_ptr + (image * k_stride_b + head * k_stride_n) * UNIT
-    v_base = v_ptr + (image * v_stride_b + head * v_stride_n) * UNIT
-    chosen_ptr += image * query_regions * TOPK
-    slots = key_regions * length if DENSE else TOPK * length
+    real = _inside(row, column, there, height, width, RAGGED)
+    chosen_ptr += (image * query_regions + one) * TOPK
+    count = key_regions if DENSE else TOPK
+    blocks = _blocks(count, length, MASKED, BLOCK_N)
     power = scale * _LOG2_E
-
-    grad_q = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    for start in range(0, slots, BLOCK_N):
-        near, n, there = _listed(chosen_ptr + one * TOPK, start, slots, length, DENSE, 1, BLOCK_N)
+    if MASKED:
+        of_regions = _regions(length, BLOCK_R, BLOCK_N)
+        mask_ptr += image * query_regions * blocks * BLOCK_R
+    if ONCE:
+        near, n, seen = _slots(chosen_ptr, 0, count, length, DENSE, MASKED, 1, BLOCK_N)
         y, x = _place(near, n, key_columns, region_height, region_width)
-        inside = _inside(y, x, there, height, width, RAGGED)
-        k = _read(k_base, y, x, inside, k_stride_h, k_stride_w, UNIT, HEAD_DIM, BLOCK_D)
-        v = _read(v_base, y, x, inside, v_stride_h, v_stride_w, UNIT, VALUE_DIM, BLOCK_E)
-        if PADDED:
-            k = _filled(k, inside, pad_ptr + (HEADS + head) * HEAD_DIM, HEAD_DIM, BLOCK_D)
-            v = _filled(v, inside, pad_ptr + (2 * HEADS + head) * HEAD_DIM, VALUE_DIM, BLOCK_E)
-        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-        seen = there[None, :]
-        if MASKED:
-            first = start // length
-            words = _words(chosen_ptr, region, owned, first, TOPK, BLOCK_K)
-            seen = seen & _sees(words[:, None], (near - first)[None, :])
-        weights = tl.exp2(scores * power - sums[:, None])
-        products = tl.dot(grad, tl.trans(v), input_precision=PRECISION)
-        grad_scores = tl.where(seen, weights * (products - delta[:, None]), 0.0)
-        grad_q += tl.dot(grad_scores.to(k.dtype), k, input_precision=PRECISION)
-    grad_q = grad_q * scale
-    _write(
-        grad_q_ptr, grad_q, image, head, row, column, real, height, width, HEADS, HEAD_DIM, BLOCK_D
-    )
+        inside = _inside(y, x, seen, height, width, RAGGED)
+
+    for i in range(0, GROUP):
+        head = first + i
+        base = _at(q_ptr, image, head, q_stride_b, q_stride_n, UNIT)
+        q = _read(base, row, column, real, q_stride_h, q_stride_w, UNIT, HEAD_DIM, BLOCK_D)
+        base = _at(grad_ptr, image, head, grad_stride_b, grad_stride_n, UNIT)
+        grad = _read(
+            base, row, column, real, grad_stride_h, grad_stride_w, UNIT, VALUE_DIM, BLOCK_E
+        )
+        at = ((image * height + row) * width + column) * HEADS + head
+        where = out_ptr + (at * VALUE_DIM)[:, None] + tl.arange(0, BLOCK_E)[None, :]
+        out = tl.load(where, mask=_mask(real, VALUE_DIM, BLOCK_E), other=0.0)
+        delta = tl.sum(out.to(tl.float32) * grad.to(tl.float32), 1)
+        at = (image * HEADS + head) * query_regions * length + region * length + token
+        tl.store(delta_ptr + at, delta, mask=there)
+        sums = tl.load(sums_ptr + at, mask=there, other=0.0)
+        k_base = _at(k_ptr, image, head, k_stride_b, k_stride_n, UNIT)
+        v_base = _at(v_ptr, image, head, v_stride_b, v_stride_n, UNIT)
+        grad_q = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+        for block in range(0, 1 if ONCE else blocks):
+            if not ONCE:
+                near, n, seen = _slots(chosen_ptr, block, count, length, DENSE, MASKED, 1, BLOCK_N)
+                y, x = _place(near, n, key_columns, region_height, region_width)
+                inside = _inside(y, x, seen, height, width, RAGGED)
+            k = _read(k_base, y, x, inside, k_stride_h, k_stride_w, UNIT, HEAD_DIM, BLOCK_D)
+            v = _read(v_base, y, x, inside, v_stride_h, v_stride_w, UNIT, VALUE_DIM, BLOCK_E)
+            if PADDED:
+                k = _filled(k, inside, pad_ptr, HEADS + head, HEAD_DIM, BLOCK_D)
+                v = _filled(v, inside, pad_ptr, 2 * HEADS + head, VALUE_DIM, BLOCK_E)
+            scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+            if MASKED:
+                added = _added(mask_ptr, region, there, block, blocks, BLOCK_R)
+                scores = tl.dot(added, of_regions, scores)
+            else:
+                scores = tl.where(seen[None, :], scores, _LOWEST)
+            weights = tl.exp2(scores * power - sums[:, None])
+            products = tl.dot(grad, tl.trans(v), input_precision=PRECISION)
+            grad_scores = weights * (products - delta[:, None])
+            grad_q += tl.dot(grad_scores.to(k.dtype), k, input_precision=PRECISION)
+        grad_q *= scale
+        ptr = grad_q_ptr
+        _write(ptr, grad_q, image, head, row, column, real, height, width, HEADS, HEAD_DIM, BLOCK_D)
 
 
 @triton.jit(do_not_specialize=[*_STRIDES, *_SIZES, "scale"])
@@ -431,9 +504,9 @@ def _routing_bwd_key_kernel(
     v_stride_w,
     v_stride_n,
     pad_ptr,
-    chosen_ptr,
     callers_ptr,
     offsets_ptr,
+    mask_ptr,
     sums_ptr,
     delta_ptr,
     grad_k_ptr,
@@ -457,76 +530,81 @@ def _routing_bwd_key_kernel(
     MASKED: tl.constexpr,
     RAGGED: tl.constexpr,
     PADDED: tl.constexpr,
+    WHOLE: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_E: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
     """Gradients of keys and values, and of the vectors that pad them: a program's share of each.
 
-    ``callers`` lists, divided by TOPK, the regions of queries that chose region 0, then those that
+    ``callers`` lists, times TOPK, the regions of queries that chose region 0, then those that
     chose region 1, and so on; ``offsets`` says where each one's begin.
     """
+    image = tl.program_id(1).to(tl.int64)
+    piece, head = tl.program_id(0) // HEADS, tl.program_id(0) % HEADS
     length = region_height * region_width
-    image, head, one, region, token, owned = _owner(key_regions, length, HEADS, DENSE, BLOCK_M)
+    region, token, there, one = _owned(piece, key_regions, length, DENSE, MASKED, WHOLE, BLOCK_M)
     row, column = _place(region, token, key_columns, region_height, region_width)
-    real = _inside(row, column, owned, height, width, RAGGED)
-    base = k_ptr + (image * k_stride_b + head * k_stride_n) * UNIT
+    real = _inside(row, column, there, height, width, RAGGED)
+    base = _at(k_ptr, image, head, k_stride_b, k_stride_n, UNIT)
     k = _read(base, row, column, real, k_stride_h, k_stride_w, UNIT, HEAD_DIM, BLOCK_D)
-    base = v_ptr + (image * v_stride_b + head * v_stride_n) * UNIT
+    base = _at(v_ptr, image, head, v_stride_b, v_stride_n, UNIT)
     v = _read(base, row, column, real, v_stride_h, v_stride_w, UNIT, VALUE_DIM, BLOCK_E)
     if PADDED:
-        k = _filled(k, real, pad_ptr + (HEADS + head) * HEAD_DIM, HEAD_DIM, BLOCK_D)
-        v = _filled(v, real, pad_ptr + (2 * HEADS + head) * HEAD_DIM, VALUE_DIM, BLOCK_E)
-    q_base = q_ptr + (image * q_stride_b + head * q_stride_n) * UNIT
-    grad_base = grad_ptr + (image * grad_stride_b + head * grad_stride_n) * UNIT
-    query_slot = (image * HEADS + head) * query_regions * length
-    chosen_ptr += image * query_regions * TOPK
-    if DENSE:
-        slots = query_regions * length
-    else:
+        k = _filled(k, real, pad_ptr, HEADS + head, HEAD_DIM, BLOCK_D)
+        v = _filled(v, real, pad_ptr, 2 * HEADS + head, VALUE_DIM, BLOCK_E)
+    q_base = _at(q_ptr, image, head, q_stride_b, q_stride_n, UNIT)
+    grad_base = _at(grad_ptr, image, head, grad_stride_b, grad_stride_n, UNIT)
+    slot = (image * HEADS + head) * query_regions * length
+    count = query_regions
+    if not DENSE:
         offsets_ptr += image * (key_regions + 1) + one
         begin = tl.load(offsets_ptr)
-        slots = (tl.load(offsets_ptr + 1) - begin).to(tl.int32) * length
+        count = (tl.load(offsets_ptr + 1) - begin).to(tl.int32)
         callers_ptr += image * query_regions * TOPK + begin
+    if MASKED:
+        of_regions = tl.trans(_regions(length, BLOCK_R, BLOCK_M))
+        columns = _blocks(key_regions, length, MASKED, BLOCK_M)
+        mask_ptr += image * query_regions * columns * BLOCK_R
     power = scale * _LOG2_E
 
     grad_k = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     grad_v = tl.zeros([BLOCK_M, BLOCK_E], tl.float32)
-    for start in range(0, slots, BLOCK_N):
-        near, n, there = _listed(callers_ptr, start, slots, length, DENSE, TOPK, BLOCK_N)
+    for block in range(0, _blocks(count, length, MASKED, BLOCK_N)):
+        near, n, seen = _slots(callers_ptr, block, count, length, DENSE, MASKED, TOPK, BLOCK_N)
         y, x = _place(near, n, query_columns, region_height, region_width)
-        inside = _inside(y, x, there, height, width, RAGGED)
+        inside = _inside(y, x, seen, height, width, RAGGED)
         q = _read(q_base, y, x, inside, q_stride_h, q_stride_w, UNIT, HEAD_DIM, BLOCK_D)
         grad = _read(
             grad_base, y, x, inside, grad_stride_h, grad_stride_w, UNIT, VALUE_DIM, BLOCK_E
         )
-        at = query_slot + near * length + n
-        sums = tl.load(sums_ptr + at, mask=there, other=0.0)
-        delta = tl.load(delta_ptr + at, mask=there, other=0.0)
+        at = slot + near * length + n
+        sums = tl.load(sums_ptr + at, mask=seen, other=0.0)
+        delta = tl.load(delta_ptr + at, mask=seen, other=0.0)
         scores = tl.dot(k, tl.trans(q), input_precision=PRECISION)
-        seen = there[None, :]
         if MASKED:
-            words = _words(chosen_ptr, near, there, one, TOPK, BLOCK_K)
-            seen = seen & _sees(words[None, :], (region - one)[:, None])
-        weights = tl.where(seen, tl.exp2(scores * power - sums[None, :]), 0.0)
+            added = _added(mask_ptr, near, seen, piece, columns, BLOCK_R)
+            scores = tl.dot(of_regions, tl.trans(added), scores)
+        else:
+            scores = tl.where(seen[None, :], scores, _LOWEST)
+        weights = tl.exp2(scores * power - sums[None, :])
         grad_v += tl.dot(weights.to(grad.dtype), grad, input_precision=PRECISION)
         products = tl.dot(v, tl.trans(grad), input_precision=PRECISION)
         grad_scores = weights * (products - delta[None, :])
         grad_k += tl.dot(grad_scores.to(q.dtype), q, input_precision=PRECISION)
-    grad_k = grad_k * scale
-    _write(
-        grad_k_ptr, grad_k, image, head, row, column, real, height, width, HEADS, HEAD_DIM, BLOCK_D
-    )
-    _write(
-        grad_v_ptr, grad_v, image, head, row, column, real, height, width, HEADS, VALUE_DIM, BLOCK_E
-    )
+    grad_k *= scale
+    ptr = grad_k_ptr
+    _write(ptr, grad_k, image, head, row, column, real, height, width, HEADS, HEAD_DIM, BLOCK_D)
+    ptr = grad_v_ptr
+    _write(ptr, grad_v, image, head, row, column, real, height, width, HEADS, VALUE_DIM, BLOCK_E)
     if PADDED:
-        padding = owned & (real == 0)
+        padding = there & (real == 0)
         d = tl.arange(0, BLOCK_D)
-        where = grad_pad_ptr + tl.program_id(0).to(tl.int64) * (2 * HEAD_DIM) + d
+        program = image * tl.num_programs(0) + tl.program_id(0)
+        where = grad_pad_ptr + program * (2 * HEAD_DIM) + d
         share = tl.sum(tl.where(padding[:, None], grad_k, 0.0), 0)
         tl.store(where, share, mask=d < HEAD_DIM)
         share = tl.sum(tl.where(padding[:, None], grad_v, 0.0), 0)

@@ -23,13 +23,20 @@ if TYPE_CHECKING:
 
 _SPAN = 256  # tokens of a region that one program adds up
 _LEAST = 16  # rows of a product: a region of fewer tokens is as much work
-_KEY = ("HEADS", "HEAD_DIM", "VALUE_DIM", "UNIT", "DENSE", "MASKED", "RAGGED", "PADDED", "BLOCK_M")
+_SIDE = 64  # slots of a block
+_IMAGES = 65535  # that a grid holds
+_KEY = (
+    *("HEADS", "HEAD_DIM", "VALUE_DIM", "UNIT", "DENSE", "MASKED", "RAGGED", "PADDED", "WHOLE"),
+    *("ONCE", "BLOCK_M"),
+)
 
 
 def unsupported(call: Call) -> str | None:
     """Why no kernel runs a call, or None."""
     if call.soft_routing:
         return "kernels choose regions without weights, got soft_routing"
+    if len(call.query) > _IMAGES:
+        return f"kernels take up to {_IMAGES} images, got {len(call.query)}"
     return _triton.unsupported(call.query, call.value)
 
 
@@ -60,8 +67,7 @@ def _dense(cut: tuple[Axis, Axis], topk: int) -> bool:
     They do where that is no more work, for products have a least size.
     """
     length, count = _length(cut), _totals(cut)[1]
-    small = 1 < length <= _LEAST and topk <= 32  # so that a word holds the regions of a block
-    return topk == count or (small and length * count <= _LEAST * topk)
+    return topk == count or (length > 1 and length * count <= _LEAST * topk)
 
 
 def _strides(**maps: Tensor) -> dict[str, int]:
@@ -84,6 +90,9 @@ def _arguments(
     queries, keys = _totals(cut)
     ragged = (rows.padded, columns.padded) != (height, width)
     dense = _dense(cut, topk)
+    masked = dense and topk < keys
+    length = rows.size * columns.size
+    side = _SIDE if dense else min(_SIDE, _triton.block(length))
     return {
         "pad_ptr": query if pad is None else pad,
         "height": height,
@@ -99,35 +108,58 @@ def _arguments(
         "VALUE_DIM": value.shape[4],
         "TOPK": topk,
         "DENSE": dense,
-        "MASKED": dense and topk < keys,
+        "MASKED": masked,
         "RAGGED": ragged,
         "PADDED": ragged and pad is not None,
+        "WHOLE": not dense and length <= side,
         "PRECISION": _triton.precision(query.dtype),
         "BLOCK_D": _triton.block(head_dim),
         "BLOCK_E": _triton.block(value.shape[4]),
-        "BLOCK_K": _triton.block(topk, 1),
-        "BLOCK_M": 64 if dense else min(64, _triton.block(_length(cut))),
+        "BLOCK_R": _triton.block(-(-_SIDE // length)) if masked else 16,
+        "BLOCK_M": side,
     }
 
 
-def _configs(arguments: Mapping[str, Any]) -> list[_triton.Config]:
-    """Blocks of slots that are looped over."""
-    return [_triton.Config({"BLOCK_N": 64}, max(1, arguments["BLOCK_M"] // 16), 2)]
-
-
-def _programs(arguments: Mapping[str, Any], owners: str) -> int:
-    """Blocks of slots of regions, ``arguments[owners]`` in an image, of all images and heads."""
+def _blocks(arguments: Mapping[str, Any], owners: str) -> int:
+    """Blocks of the slots of an image's regions, of which there are ``arguments[owners]``."""
     count, length = arguments[owners], arguments["region_height"] * arguments["region_width"]
-    block = arguments["BLOCK_M"]
-    blocks = -(-count * length // block) if arguments["DENSE"] else count * -(-length // block)
-    programs: int = len(arguments["q_ptr"]) * arguments["HEADS"] * blocks
-    return programs
+    side = arguments["BLOCK_M"]
+    if arguments["MASKED"]:
+        return -(-count // (side // length))
+    return -(-count * length // side) if arguments["DENSE"] else count * -(-length // side)
 
 
-def _launch(kernel: Any, arguments: Mapping[str, Any], owners: str) -> None:
-    """Run a kernel of which each program owns a block of slots."""
-    programs = _programs(arguments, owners)
-    _triton.launch(kernel, lambda _: (programs,), arguments, _configs(arguments), _KEY)
+def _launch(kernel: Any, arguments: Mapping[str, Any]) -> None:
+    """Run a kernel whose programs own queries."""
+    batch, heads = len(arguments["q_ptr"]), arguments["HEADS"]
+    count = arguments["key_regions"] if arguments["DENSE"] else arguments["TOPK"]
+    slots = count * arguments["region_height"] * arguments["region_width"]
+    once = slots <= _SIDE
+    if once:
+        configs = [
+            _triton.Config({"BLOCK_N": _triton.block(slots), "GROUP": math.gcd(heads, 4)}, 4, 2)
+        ]
+    else:
+        configs = [_triton.Config({"BLOCK_N": _SIDE, "GROUP": 1}, 4, 2)]
+    blocks = _blocks(arguments, "query_regions")
+
+    def grid(meta: Mapping[str, Any]) -> tuple[int, int]:
+        return blocks * heads // meta["GROUP"], batch
+
+    _triton.launch(kernel, grid, {**arguments, "ONCE": once}, configs, _KEY)
+
+
+def _masks(chosen: Tensor, arguments: Mapping[str, Any]) -> Tensor:
+    """What is added to scores of a region's queries with a region's keys: [B, R, blocks * BLOCK_R].
+
+    Regions of keys are in blocks of as many as the kernels'.
+    """
+    whole = arguments["BLOCK_M"] // (arguments["region_height"] * arguments["region_width"])
+    width = arguments["BLOCK_R"]
+    blocks = _blocks(arguments, "key_regions")
+    found = chosen.new_full((*chosen.shape[:2], blocks * width), -1e38, dtype=torch.bfloat16)
+    places = chosen if whole == width else chosen // whole * width + chosen % whole
+    return found.scatter_(2, places, 0)
 
 
 def _choose(
@@ -162,9 +194,9 @@ def _choose(
         "BLOCK_N": block_n,
         "BLOCK_C": block_c,
     }
-    programs = -(-channels // block_c) * parts * count * batch
+    grid = -(-channels // block_c) * parts * count, batch
     config = _triton.Config({}, min(4, max(1, block_n * block_c // 1024)), 2)
-    _triton.launch(triton_kernels._routing_mean_kernel, lambda _: (programs,), arguments, [config])
+    _triton.launch(triton_kernels._routing_mean_kernel, lambda _: grid, arguments, [config])
     queries, keys = (means[:, 0] if parts == 1 else means.sum(1)).unbind(1)
     queries = queries.unflatten(1, (rows.total, columns.total))[:, : rows.real, : columns.real]
     return torch.topk(queries.flatten(1, 2) @ keys.mT, topk, sorted=False).indices
@@ -200,7 +232,8 @@ def _forward(
         "sums_ptr": sums,
         "scale": scale,
     }
-    _launch(triton_kernels._routing_fwd_kernel, arguments, "query_regions")
+    arguments["mask_ptr"] = _masks(chosen, arguments) if arguments["MASKED"] else chosen
+    _launch(triton_kernels._routing_fwd_kernel, arguments)
     return out, sums, chosen
 
 
@@ -244,31 +277,36 @@ def _backward(
         "q_ptr": query,
         "k_ptr": key,
         "v_ptr": value,
-        "chosen_ptr": chosen,
         "sums_ptr": sums,
         "delta_ptr": delta,
         "scale": scale,
     }
-    of_queries = {**arguments, "out_ptr": out, "grad_q_ptr": grads[0]}
-    _launch(triton_kernels._routing_bwd_query_kernel, of_queries, "query_regions")
-    places, begins = _callers(chosen, arguments["key_regions"])
-    shares = None
-    if arguments["PADDED"]:
-        programs = _programs(arguments, "key_regions")
-        heads, head_dim = query.shape[3:]
-        shares = sums.new_empty((programs // heads, heads, 2, head_dim))
+    arguments["mask_ptr"] = _masks(chosen, arguments) if arguments["MASKED"] else chosen
+    of_queries = {"chosen_ptr": chosen, "out_ptr": out, "grad_q_ptr": grads[0]}
+    _launch(triton_kernels._routing_bwd_query_kernel, {**arguments, **of_queries})
+
+    (batch, _, _, heads, head_dim), blocks = query.shape, _blocks(arguments, "key_regions")
+    places, begins = chosen, chosen
+    if not arguments["DENSE"]:
+        places, begins = _callers(chosen, arguments["key_regions"])
+    shares = sums.new_empty((batch * blocks, heads, 2, head_dim) if arguments["PADDED"] else 1)
     of_keys = {
-        **arguments,
         "callers_ptr": places,
         "offsets_ptr": begins,
         "grad_k_ptr": grads[1],
         "grad_v_ptr": grads[2],
-        "grad_pad_ptr": sums if shares is None else shares,
+        "grad_pad_ptr": shares,
     }
-    _launch(triton_kernels._routing_bwd_key_kernel, of_keys, "key_regions")
+    _triton.launch(
+        triton_kernels._routing_bwd_key_kernel,
+        lambda _: (blocks * heads, batch),
+        {**arguments, **of_keys},
+        [_triton.Config({"BLOCK_N": _SIDE}, 4, 2)],
+        _KEY[:-2] + _KEY[-1:],
+    )
     if pad is not None:
         grads[3].zero_()
-    if shares is not None:
+    if arguments["PADDED"]:
         grads[3][1:] = shares.sum(0).transpose(0, 1)
     return grads
 
