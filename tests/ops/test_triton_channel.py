@@ -46,9 +46,8 @@ def kernels(monkeypatch):
 @pytest.fixture(params=[False, True], ids=["alone", "parts"])
 def parts(request, monkeypatch):
     """One program for every head, or parts of more than 128 tokens where there are so many."""
-    if request.param:
-        monkeypatch.setattr(triton_launch, "_ALONE", 0)
-        monkeypatch.setattr(_triton, "processors", lambda device: 100)
+    monkeypatch.setattr(triton_launch, "_ALONE", 0 if request.param else 1 << 40)
+    monkeypatch.setattr(_triton, "processors", lambda device: 100)
     return request.param
 
 
