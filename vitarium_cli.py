@@ -258,7 +258,8 @@ def _bench_models_arguments(parser: argparse.ArgumentParser) -> None:
         "names",
         nargs="*",
         metavar="MODEL",
-        help="names and globs, ours and timm's, e.g. 'nat_*' (default: two of ours, two of timm's)",
+        help="names and globs, ours and timm's, e.g. 'nat_*' (default: two of ours, two of timm's);"
+        " behind one of timm's +fused_attn for its flag, behind one of ours +aten for no kernels",
     )
     parser.add_argument(
         "--mode",
@@ -281,6 +282,11 @@ def _bench_models_arguments(parser: argparse.ArgumentParser) -> None:
         help="image sizes in pixels, one or more to try, e.g. 224 800x1216 (default: 224)",
     )
     parser.add_argument("--compile", action="store_true", help="time torch.compile's result too")
+    parser.add_argument(
+        "--compile-mode",
+        choices=("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"),
+        help="torch.compile's, with --device cuda (default: default)",
+    )
     parser.add_argument(
         "--dtype",
         choices=("float32", "bfloat16", "float16"),

@@ -11,7 +11,7 @@ from timm.layers import use_fused_attn
 from timm.models import swin_transformer
 from torch.utils.flop_counter import FlopCounterMode
 
-from vitarium.ops import use_impl
+from vitarium.ops import _select, use_impl
 from vitarium.tools import bench, bench_models, bench_report
 
 ATTO, RESNET, VIT = "nat_atto", "resnet10t", "test_vit"
@@ -115,6 +115,29 @@ def test_timms_flag(models):
     assert before == (use_fused_attn(), use_fused_attn(experimental=True))
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+def test_without_kernels(models, monkeypatch, compiled):
+    """A flag chooses implementations for one of two models of the same class alone."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    seen = []
+    built = _select.Op._requested
+
+    def requested(self, impl):
+        seen.append(built(self, impl))
+        return seen[-1]
+
+    monkeypatch.setattr(_select.Op, "_requested", requested)
+    argv = (ATTO, f"{ATTO}+aten", f"{VIT}+aten", "--sizes", "64", "--quick")
+    status, _, _, rows = models(*argv, *["--compile"] * compiled)
+    assert status == 0
+    assert [row["model"] for row in rows[:: 1 + compiled]] == [ATTO, f"{ATTO}+aten", f"{VIT}+aten"]
+    assert {*seen} == {"auto", "aten"}
+    assert rows[0]["infer_gmacs"] == rows[1 + compiled]["infer_gmacs"]
+    assert all(float(row["infer_step_time"]) > 0 for row in rows[: 2 + 2 * compiled])
+    assert rows[-1]["note"] == f"expected a model of vitarium, {VIT} is timm's"
+    assert _select.ops["neighborhood"]._requested(None) == "auto"
+
+
 def test_one_that_cannot_says_why(models):
     status, out, _, (atto, vit) = models(ATTO, VIT, "--sizes", "16", "--quick", "--mode", "both")
     assert status == 0
@@ -194,6 +217,11 @@ def test_interrupted(models, monkeypatch, tmp_path):
         ((ATTO, "--base", VIT), f"--base: expected one of {ATTO}, got '{VIT}'"),
         (("--plot", "no/such"), "--plot: no folder no/such"),
         (("--device", "meta"), "--device: expected cpu or cuda, got 'meta'"),
+        (
+            (ATTO, "--compile-mode", "reduce-overhead"),
+            "--compile-mode: expected it with --compile on cuda, got 'reduce-overhead'",
+        ),
+        ((f"{ATTO}+atten",), "unknown model 'nat_atto+atten'"),
     ],
 )
 def test_refusals(program, argv, message):
@@ -237,6 +265,7 @@ FUSED, FLAGGED = f"fused_{SWIN}", f"{SWIN}+fused_attn"
 EIGHT = {"infer_batch_size": 8}
 TRAINED = {"train_batch_size": 4, "train_img_size": "224"}
 FACTOR = 800 * 1216 / 224**2
+GPU = {"device": "cuda:0", "dtype": "bfloat16", "compiled": True, "infer_batch_size": 128}
 
 
 @pytest.mark.parametrize(
@@ -288,6 +317,29 @@ FACTOR = 800 * 1216 / 224**2
                 row("nat_tiny", "800x1216", 110 * FACTOR, 12.5 * FACTOR),
             ],
             ["1.10 <= 1.2 met", "1.25 <= 1.2 MISSED"],
+        ),
+        (
+            [row(FUSED, "224", 0.08, 9, **GPU), row(SWIN, "224", 0.1, 9, **GPU)],
+            ["1.25 >= 1.2 met", "12,500 >= 15,000 MISSED"],
+        ),
+        ([row("nat_tiny", "224", 0.125, 9, **GPU)], ["8,000 >= 8,000 met"]),
+        (
+            [
+                row(name, "224", ms, 9, **GPU)
+                for name, ms in {
+                    "biformer_small": 0.2,
+                    "biformer_small+aten": 0.38,
+                    "agent_swin_tiny": 0.2,
+                    "agent_swin_tiny+aten": 0.4,
+                }.items()
+            ],
+            ["1.90 >= 2 MISSED", "2.00 >= 2 met"],
+        ),
+        ([row("nat_tiny", "224", 0.1, 9, **{**GPU, "dtype": "float32"})], []),
+        ([row("nat_tiny", "224", 0.1, 9, **{**GPU, "compiled": False})], []),
+        (
+            [row(FUSED, "224", 70, 9, **GPU), row(SWIN, "224", 100, 10, **EIGHT)],
+            ["14 >= 15,000 MISSED"],
         ),
     ],
 )

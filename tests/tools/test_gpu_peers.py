@@ -1,5 +1,8 @@
 """What the GPU benchmark compares computes the same, and costs what its rows say."""
 
+import sys
+from argparse import Namespace
+
 import pytest
 import torch
 
@@ -47,7 +50,27 @@ def test_peers_compute_the_op(name):
                     torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4, msg=peer)
 
 
-def test_why_peers_do_not_take_part(monkeypatch):
+@pytest.mark.parametrize("name", ["shifted window", "neighborhood", "routing", "agent", "channel"])
+def test_peers_compile_in_one_piece(name):
+    """Else a compiled peer would be slower than it has to be. Flex is one call of torch's."""
+    case = CASES[name]
+    inputs = case.inputs(case.biases[-1])
+
+    def compiled(function):
+        return torch.compile(function, dynamic=False, backend="eager", fullgraph=True)
+
+    torch.compiler.reset()
+    peers = case.peers(case.biases[-1], False, compiled)
+    with torch.no_grad():
+        expected = case.oracle(inputs)
+        for peer, candidate in peers.items():
+            if peer.endswith("compiled") and "Flex" not in peer:
+                torch.testing.assert_close(
+                    candidate(inputs).double(), expected, rtol=0, atol=1e-5, msg=peer
+                )
+
+
+def test_why_peers_do_not_take_part():
     def plain(function):
         return function
 
@@ -65,8 +88,15 @@ def test_why_peers_do_not_take_part(monkeypatch):
         "its gradient takes 37.5 GiB for the keys alone"
     )
     assert callable(routed.peers(False, False, plain)[GATHER])
-    monkeypatch.setattr("natten.HAS_LIBNATTEN", False)
-    assert "libnatten" in bench_neighborhood._without_kernels()
+
+
+@pytest.mark.parametrize("kernels", [False, True])
+def test_natten_without_kernels_is_no_peer(monkeypatch, kernels):
+    monkeypatch.setitem(sys.modules, "natten", Namespace(HAS_LIBNATTEN=kernels))
+    reason = bench_neighborhood.without_natten(torch.device("cuda"))
+    assert reason == (None if kernels else "installed without its CUDA kernels (libnatten)")
+    monkeypatch.setitem(sys.modules, "natten", None)
+    assert bench_neighborhood.without_natten(torch.device("cuda")) == "not installed"
 
 
 # By hand: maps of B * H * W * heads * head_dim numbers of 2 bytes; products of 2 FLOPs.

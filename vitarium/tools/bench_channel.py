@@ -54,6 +54,7 @@ class Channel(OpCase):
     def peers(self, biased: bool, backward: bool, compiled: Compile) -> dict[str, Candidate | str]:
         del biased, backward
         tokens = self.height * self.width
+        _ = self._timms  # the compiler cannot see into cached properties
         return {
             "timm": self._timm,
             "timm, compiled": compiled(self._timm),

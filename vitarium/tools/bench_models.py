@@ -1,7 +1,8 @@
 """``vitarium bench models``: whole networks side by side, ours and timm's.
 
 Weights and images are random: speed does not depend on them. A name with ``+fused_attn``
-behind it is that model built as with TIMM_FUSED_ATTN=2. Columns that timm's ``benchmark.py`` has
+behind it is one of timm's models built as with TIMM_FUSED_ATTN=2; one with ``+aten`` behind it is
+one of ours without kernels, as in ``use_impl("aten")``. Columns that timm's ``benchmark.py`` has
 are named as there, so that results merge; those behind ``param_count`` are ours.
 """
 
@@ -13,8 +14,9 @@ import sys
 import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby, product
 from typing import Any
 
@@ -28,9 +30,10 @@ from timm.layers import set_fused_attn, use_fused_attn
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from vitarium.ops import _triton, use_impl
 from vitarium.tools import _common, bench, bench_report
 from vitarium.tools.bench import Row
-from vitarium.tools.bench_report import FLAG
+from vitarium.tools.bench_report import ATEN, FLAG
 
 Key = tuple[str, bool, int, tuple[int, int]]  # model, compiled, batch size, image size
 
@@ -86,6 +89,7 @@ class Run:
     threads: int
     rounds: int
     compiled: tuple[bool, ...]
+    compile_mode: str = "default"
 
     def placed(self, value: Any) -> Any:
         """An image or a network, where and as this run wants it."""
@@ -129,9 +133,21 @@ def measure(
         raise ValueError(f"--base: expected one of {', '.join(names)}, got {base!r}")
     if args.compile and device.type == "cpu" and not bench.has_compiler():
         raise ValueError("--compile: expected a C++ compiler (c++, g++, clang++), found none")
+    mode = args.compile_mode
+    if mode is not None and not (args.compile and device.type == "cuda"):
+        raise ValueError(f"--compile-mode: expected it with --compile on cuda, got {mode!r}")
     settings = _settings(args)
     compiled = (False, True) if args.compile else (False,)
-    run = Run(base, args.dtype, args.channels_last, device, args.threads, args.rounds, compiled)
+    run = Run(
+        base,
+        args.dtype,
+        args.channels_last,
+        device,
+        args.threads,
+        args.rounds,
+        compiled,
+        mode or "default",
+    )
     others = bench.OtherLoad()
     time.sleep(_LOOK)
     warned = _warn(console, others.cores(), run)
@@ -142,7 +158,7 @@ def measure(
         console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()
     )
     try:
-        with progress:
+        with progress, _triton.on(device):
             task = progress.add_task("", total=len(settings))
             for size, group in groupby(settings, key=lambda setting: setting.size):
                 networks = [_network(name, size, run) for name in names]
@@ -174,15 +190,25 @@ def _names(patterns: Sequence[str]) -> list[str]:
 
 def _split(name: str) -> tuple[str, str]:
     """A model's name, and the flag behind it or nothing."""
-    plain = name.removesuffix(FLAG)
+    plain = name.removesuffix(FLAG).removesuffix(ATEN)
     return plain, name[len(plain) :]
+
+
+def _is_ours(name: str) -> bool:
+    """Whether a model is vitarium's."""
+    return timm.model_entrypoint(_split(name)[0]).__module__.startswith("vitarium.")
+
+
+def _without_kernels(name: str) -> AbstractContextManager[None]:
+    """Inside, our ops run as the flag behind a model's name says."""
+    return use_impl("aten") if _split(name)[1] == ATEN else nullcontext()
 
 
 @contextmanager
 def _flagged(flag: str) -> Iterator[None]:
-    """Build timm's models with the flag, if there is one, and leave timm as it was."""
+    """Build timm's models with its flag, if that is asked for, and leave timm as it was."""
     before = {"enable": use_fused_attn(), "experimental": use_fused_attn(experimental=True)}
-    if flag:
+    if flag == FLAG:
         set_fused_attn(True, experimental=True)
     try:
         yield
@@ -221,12 +247,15 @@ def _network(name: str, size: tuple[int, int], run: Run) -> Network:
     try:
         with _flagged(flag):
             model = bench.built(plain, size)
-        if flag and not any(getattr(module, "fused_attn", False) for module in model.modules()):
+        fused = any(getattr(module, "fused_attn", False) for module in model.modules())
+        if flag == FLAG and not fused:
             raise ValueError(f"expected attention that timm's flag fuses, {plain} has none")
+        if flag == ATEN and not _is_ours(name):
+            raise ValueError(f"expected a model of vitarium, {plain} is timm's")
         model = run.placed(model).eval()
         image = run.placed(torch.randn(1, 3, *size))
         # with gradients: without, the counter fails on modules that take parameters as inputs
-        with FlopCounterMode(display=False) as flops:
+        with FlopCounterMode(display=False) as flops, _without_kernels(name):
             outputs = model(image).shape[-1]
     except _REFUSALS as error:
         return Network(name, note=_reason(error, name))
@@ -237,8 +266,7 @@ def _network(name: str, size: tuple[int, int], run: Run) -> Network:
 
 def _reason(error: Exception, name: str) -> str:
     """The first line of a refusal; an assertion of ours that fails is none, and raised again."""
-    ours = timm.model_entrypoint(_split(name)[0]).__module__.startswith("vitarium.")
-    if ours and isinstance(error, AssertionError):
+    if _is_ours(name) and isinstance(error, AssertionError):
         raise error
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
@@ -257,7 +285,7 @@ def _measured(setting: Setting, networks: list[Network], run: Run, bar: Progress
             rows[bench_report.label(row)] = row
             if network.model is None:
                 continue
-            step = _step(mode, network.model, network.outputs, image, compiled)
+            step = _step(setting, network, image, compiled, run)
             try:
                 step()
                 row[f"{mode}_peak_mib"] = round(bench.peak_memory(step, run.device), 2)
@@ -298,30 +326,44 @@ def _row(setting: Setting, network: Network, compiled: bool, run: Run) -> Row:
 
 
 def _step(
-    mode: str, model: nn.Module, outputs: int, image: Tensor, compiled: bool
+    setting: Setting, network: Network, image: Tensor, compiled: bool, run: Run
 ) -> bench.Function:
     """What is timed."""
-    model.train(mode == "train")
-    network = torch.compile(model, dynamic=False) if compiled else model
-
-    def infer() -> Tensor:
-        with torch.inference_mode():
-            return network(image)
-
-    if mode == "infer":
-        return infer
+    model: Any = network.model
+    model.train(setting.mode == "train")
+    forward = torch.compile(model, dynamic=False, mode=run.compile_mode) if compiled else model
+    infer = partial(_infer, forward, image)
+    if setting.mode == "infer":
+        return _begun(infer, network.name, run)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9)
-    target = torch.randint(outputs, (len(image),), device=image.device)
+    target = torch.randint(network.outputs, (len(image),), device=image.device)
 
     def train() -> None:
-        logits = network(image)
+        logits = forward(image)
         # some of timm's have a second classifier while training
         logits = logits[0] if isinstance(logits, tuple) else logits
         F.cross_entropy(logits, target).backward()
         optimizer.step()
         optimizer.zero_grad()
 
-    return train
+    return _begun(train, network.name, run)
+
+
+def _infer(forward: Callable[[Tensor], Tensor], image: Tensor) -> Tensor:
+    with torch.inference_mode():
+        return forward(image)
+
+
+def _begun(step: bench.Function, name: str, run: Run) -> bench.Function:
+    """A step with the ops that the model's name asks for."""
+
+    def begun() -> Any:
+        if run.device.type == "cuda":
+            torch.compiler.cudagraph_mark_step_begin()  # a graph may overwrite the step before
+        with _without_kernels(name):
+            return step()
+
+    return begun
 
 
 def _merged(rows: dict[Key, Row], found: list[Row], setting: Setting, first: Setting) -> list[Row]:

@@ -133,15 +133,14 @@ class Neighborhood(Shape):
         found: dict[str, Candidate | str] = {}
         tokens = self.sizes[0] * self.sizes[1]
         table = 8 * tokens**2 / 2**30
-        for name in ("dense SDPA, float mask", "dense SDPA, float mask, compiled"):
-            if table > _MOST:
-                found[name] = f"the indices of its mask take {table:.1f} GiB"
-            else:
-                found[name] = compiled(self._dense) if "compiled" in name else self._dense
+        dense = ("dense SDPA, float mask", "dense SDPA, float mask, compiled")
+        if table > _MOST:
+            found |= dict.fromkeys(dense, f"the indices of its mask take {table:.1f} GiB")
+        else:
+            _ = self._dense_mask  # the compiler cannot see into cached properties
+            found |= zip(dense, (self._dense, compiled(self._dense)), strict=True)
         found["FlexAttention, compiled"] = self._flex(compiled)
-        reason = "takes no position bias" if biased else None
-        if self.device.type == "cuda":
-            reason = reason or _without_kernels()
+        reason = "takes no position bias" if biased else without_natten(self.device)
         found["natten"] = reason or self._natten
         return found
 
@@ -251,13 +250,15 @@ class Neighborhood(Shape):
         )
 
 
-def _without_kernels() -> str | None:
-    """Why natten's own kernels cannot run on a GPU, or None."""
+def without_natten(device: torch.device) -> str | None:
+    """Why natten does not take part, or None."""
     try:
         import natten
     except ImportError:
         return "not installed"
-    return None if natten.HAS_LIBNATTEN else "installed without its CUDA kernels (libnatten)"
+    if device.type == "cuda" and not natten.HAS_LIBNATTEN:
+        return "installed without its CUDA kernels (libnatten)"
+    return None
 
 
 def cases(quick: bool) -> list[Neighborhood]:

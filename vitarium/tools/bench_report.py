@@ -11,32 +11,36 @@ from vitarium.tools import bench
 from vitarium.tools.bench import Row
 
 FLAG = "+fused_attn"  # behind a model's name: with timm's attention fused wherever it can be
-_TERMS = {"dtype": "float32", "device": "cpu", "threads": 1}
+ATEN = "+aten"  # behind a model's name: with our ops as ordinary torch functions
+_CPU: dict[str, tuple[Any, ...]] = {"dtype": ("float32",), "device": ("cpu",), "threads": (1,)}
+_GPU: dict[str, tuple[Any, ...]] = {"dtype": ("bfloat16", "float16"), "device": ("cuda",)}
 
 
 @dataclass(frozen=True)
 class Goal:
-    """A bound on one figure over another, both on one CPU thread, in float32.
+    """A bound on one figure, or on it over another.
 
     Attributes:
         title: what is compared.
         ours: model and size of the figure above.
-        other: those of the figure below.
+        other: those of the figure below, or None for a bound on the figure itself.
         figure: column of both, of inference or of training.
         bound: of the ratio: from below for images/s; from above for time and memory.
         per_pixel: divide the figures by the pixels of an image.
         batch_size: the only one that counts, or None.
         compiled: whether both are compiled.
+        gpu: whether it is about half precision on a GPU, not float32 on one CPU thread.
     """
 
     title: str
     ours: tuple[str, str]
-    other: tuple[str, str]
+    other: tuple[str, str] | None
     figure: str
     bound: float
     per_pixel: bool = False
     batch_size: int | None = None
     compiled: bool = False
+    gpu: bool = False
 
     @property
     def at_most(self) -> bool:
@@ -46,14 +50,21 @@ class Goal:
     def figures(self, rows: list[Row], key: tuple[str, str]) -> dict[int, float]:
         """Batch size -> figure of a model at a size, where it was measured as it has to be."""
         mode = self.figure.partition("_")[0]
-        terms = {**_TERMS, "model": key[0], f"{mode}_img_size": key[1], "compiled": self.compiled}
+        terms = {"model": key[0], f"{mode}_img_size": key[1], "compiled": self.compiled}
+        places = _GPU if self.gpu else _CPU
         return {
             row[f"{mode}_batch_size"]: row[self.figure] / (_pixels(key[1]) if self.per_pixel else 1)
             for row in rows
             if row.get(self.figure) is not None
             and self.batch_size in (None, row[f"{mode}_batch_size"])
             and all(row[column] == value for column, value in terms.items())
+            and all(_place(row, column) in values for column, values in places.items())
         }
+
+
+def _place(row: Row, column: str) -> Any:
+    """A value of a row, a device without its number."""
+    return row[column].partition(":")[0] if column == "device" else row[column]
 
 
 _SWIN = "swin_tiny_patch4_window7_224"
@@ -92,8 +103,34 @@ _FUSED = [
         _over(_SWIN, size, None, "train_peak_mib", 1.0),
     )
 ]
+_SPEED = "infer_samples_per_sec"
+_ON_GPU: dict[str, Any] = {"figure": _SPEED, "compiled": True, "gpu": True}
+_KERNELS = [
+    Goal(
+        f"fused_{_SWIN} over timm's, compiled: images/s",
+        (f"fused_{_SWIN}", "224"),
+        (_SWIN, "224"),
+        bound=1.2,
+        **_ON_GPU,
+    ),
+    *(
+        Goal(f"{name}, compiled: images/s on an H200", (name, "224"), None, bound=bound, **_ON_GPU)
+        for name, bound in ((f"fused_{_SWIN}", 15_000.0), ("nat_tiny", 8_000.0))
+    ),
+    *(
+        Goal(
+            f"{name} over it without kernels, compiled: images/s",
+            (name, "224"),
+            (f"{name}{ATEN}", "224"),
+            bound=2.0,
+            **_ON_GPU,
+        )
+        for name in ("biformer_small", "agent_swin_tiny")
+    ),
+]
 _GOALS = (
     *_FUSED,
+    *_KERNELS,
     _over("davit_tiny", "224", 8, "infer_samples_per_sec", 1.1),
     Goal(
         f"dinat_s_tiny over {_SWIN}, 224 x 224: images/s",
@@ -151,18 +188,22 @@ def show(console: Console, title: str, mode: str, rows: list[Row], sweep: bool) 
 
 def judge(console: Console, rows: list[Row]) -> None:
     """Print a verdict on every goal that the rows of a run speak of."""
-    verdicts = []
+    verdicts: dict[bool, list[list[str]]] = {False: [], True: []}
     for goal in _GOALS:
-        ours, other = goal.figures(rows, goal.ours), goal.figures(rows, goal.other)
+        ours = goal.figures(rows, goal.ours)
+        other = dict.fromkeys(ours, 1.0)
+        if goal.other is not None:
+            other = goal.figures(rows, goal.other)
         for batch_size in sorted(ours.keys() & other.keys()):
-            ratio = ours[batch_size] / other[batch_size]
-            met = ratio <= goal.bound if goal.at_most else ratio >= goal.bound
-            bound = f"{'<=' if goal.at_most else '>='} {goal.bound:g}"
+            found = ours[batch_size] / other[batch_size]
+            met = found <= goal.bound if goal.at_most else found >= goal.bound
+            bound = f"{'<=' if goal.at_most else '>='} {goal.bound:,g}"
+            reached = f"{found:.2f}" if goal.other is not None else f"{found:,.0f}"
             title = f"{goal.title}, batch {batch_size}"
-            verdicts.append([title, f"{ratio:.2f}", bound, "met" if met else "MISSED"])
-    if verdicts:
-        title = "Goals: one CPU thread, float32"
-        bench.show(console, title, ["", "ratio", "goal", ""], verdicts)
+            verdicts[goal.gpu].append([title, reached, bound, "met" if met else "MISSED"])
+    for gpu, where in ((False, "one CPU thread, float32"), (True, "GPU, half precision")):
+        if verdicts[gpu]:
+            bench.show(console, f"Goals: {where}", ["", "reached", "goal", ""], verdicts[gpu])
 
 
 def _pixels(img_size: str) -> int:

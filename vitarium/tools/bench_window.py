@@ -86,6 +86,8 @@ class Window(OpCase):
     def peers(self, biased: bool, backward: bool, compiled: Compile) -> dict[str, Candidate | str]:
         del biased, backward
         assert not self.cosine, "timm's modules below are Swin's and DaViT's"
+        for name in ("_timms", "_mask", "_entry"):
+            getattr(self, name)  # the compiler cannot see into cached properties
         return {
             "timm": self._timm,
             "timm, compiled": compiled(self._timm),
@@ -217,7 +219,8 @@ class Window(OpCase):
             args = (*args, self._mask.squeeze(1) if self.shift_size else None)
         if "bias" in inputs:
             given["relative_position_bias_table"] = inputs["bias"].flatten(1).t()
-        out = functional_call(self._timms[is_swin], given, args)
+        module = self._timms[1] if is_swin else self._timms[0]
+        out = functional_call(module, given, args)
         out = window_reverse(out.unflatten(1, window), window, *size)
         return self._cropped(out)
 
