@@ -6,6 +6,11 @@ STAMP := .venv/.installed
 # one process per core, one thread each (tests/conftest.py)
 PYTEST := $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal
 
+# what `make gpu` runs on; make GPU_PYTHON=python3 takes one that has all and installs nothing
+GPU_PYTHON ?= $(BIN)/python
+GPU_BENCH := $(GPU_PYTHON) -m vitarium_cli bench
+SANITIZER ?= compute-sanitizer
+
 .PHONY: demo test test-all lint bench gpu clean
 
 demo: $(STAMP)-demo
@@ -30,8 +35,20 @@ bench: $(STAMP)-dev
 	$(BIN)/vitarium bench compile
 	$(BIN)/vitarium bench startup
 
-gpu: $(STAMP)-dev
-	$(BIN)/python -m pytest -m gpu
+# torch's cache of memory would hide what is read behind the end of a tensor
+gpu: $(if $(filter $(BIN)/python,$(GPU_PYTHON)),$(STAMP)-dev)
+	$(GPU_PYTHON) -m pytest -m gpu
+	@if command -v $(SANITIZER) >/dev/null; then set -ex; for tool in memcheck racecheck; do \
+		PYTORCH_NO_CUDA_MEMORY_CACHING=1 VITARIUM_AUTOTUNE=0 $(SANITIZER) --tool $$tool \
+			--error-exitcode 1 $(GPU_PYTHON) -m pytest -m gpu -k sanitizer; done; \
+	else echo "$(SANITIZER) is not installed: memcheck and racecheck did not run"; fi
+	$(GPU_BENCH) ops --device cuda --csv benchmarks/ops_cuda.csv --plot benchmarks
+	$(GPU_BENCH) models $(GPU_MODELS) --device cuda --dtype bfloat16 --batch-size 128 --compile \
+		--mode both --csv benchmarks/models_cuda.csv --plot benchmarks
+
+SWIN := swin_tiny_patch4_window7_224
+GPU_MODELS := fused_$(SWIN) $(SWIN) nat_tiny nat_tiny+aten biformer_small biformer_small+aten \
+	agent_swin_tiny agent_swin_tiny+aten fused_davit_tiny davit_tiny convnext_tiny
 
 clean:
 	rm -rf .venv outputs build dist *.egg-info

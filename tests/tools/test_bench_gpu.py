@@ -1,7 +1,9 @@
 """The GPU benchmark's path, run on a CPU: rows, verdicts, reasons; what needs a card is `gpu`."""
 
 import io
+import weakref
 from argparse import Namespace
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 
 import pytest
@@ -147,7 +149,7 @@ def test_ceilings():
 def row(name, ms, percent, passed="forward", **other):
     found = {"op": "window", "case": "c", "batch": 8, "dtype": "bfloat16", "pass": passed}
     found |= {"implementation": name, "ms": ms, "copy_percent": percent, "note": "", "auto": False}
-    return found | other
+    return {**found, "product_percent": 10, **other}
 
 
 OURS = {"auto": True}
@@ -162,6 +164,8 @@ BACK = "forward+backward, bias"
         ([row("triton", 1, 80, **OURS), row("timm", 1.1, 73)], "met met"),
         ([row("triton", 1, 49, **OURS), row("timm", 1.6, 30)], "MISSED met"),
         ([row("triton", 1, 60, **OURS), row("timm", None, None)], "met "),
+        # what computes for longer than it moves is held to the product
+        ([row("triton", 1, 20, product_percent=55, **OURS), row("timm", 2, 10)], "met met"),
         # our other kernels are no peers of what `auto` picks, nor is another form of that
         (
             [
@@ -196,7 +200,7 @@ def test_a_run(native):
     assert {row["pass"] for row in rows} == {"forward", "forward+backward"}
     assert {row["dtype"] for row in rows} == {"float32"}
     printed = out.getvalue()
-    assert "channel 5x9 x 2 heads, batch 2, batch 2, float32, forward; at least 0.0 MB" in printed
+    assert "channel 5x9 x 2 heads, batch 2, float32, forward; at least 0.0 MB" in printed
     assert "aten (auto)" in printed
     assert "Goals, of what `auto` runs: " in printed
     args.names = ["window"]
@@ -250,6 +254,96 @@ def test_refusals(program, argv, message):
     status, _, err = program("bench", "ops", *argv)
     assert status == 1
     assert err == f"vitarium: error: {message}\n"
+
+
+class Card:
+    """Stands for CUDA: its clock goes on by ``launch`` per call, or per ``kernel`` of a graph."""
+
+    def __init__(self, monkeypatch, kernel, launch, refuses=""):
+        self.now, self.step, self.mode, self.refuses = 0.0, launch, 0, refuses
+        card = self
+
+        class Event:
+            def __init__(self, enable_timing):
+                assert enable_timing
+
+            def record(self):
+                self.at = card.now
+
+            def synchronize(self):
+                pass
+
+            def elapsed_time(self, other):
+                return (other.at - self.at) * 1e3
+
+        class Graph:
+            def replay(self):
+                card.now += self.seconds
+
+        @contextmanager
+        def graph(found):
+            if card.refuses == "capture":
+                raise RuntimeError("cannot be captured")
+            assert card.mode == 0
+            start, card.step = card.now, kernel
+            yield
+            found.seconds, card.now, card.step = card.now - start, start, launch
+
+        stream = Namespace(wait_stream=lambda other: None)
+        fakes = {"Event": Event, "CUDAGraph": Graph, "graph": graph, "Stream": lambda: stream}
+        fakes |= {"current_stream": lambda: stream, "stream": lambda _: nullcontext()}
+        fakes |= {"synchronize": lambda: None, "set_stream": lambda _: None}
+        fakes |= {"get_sync_debug_mode": lambda: self.mode, "set_sync_debug_mode": self.set_mode}
+        for name, fake in fakes.items():
+            monkeypatch.setattr(torch.cuda, name, fake)
+
+    def set_mode(self, mode):
+        self.mode = mode
+
+    def call(self):
+        if self.mode == "error" and self.refuses == "waiting":
+            raise RuntimeError("called a synchronizing CUDA operation")
+        self.now += self.step
+        return object()
+
+
+def test_graphs_leave_out_gaps_between_launches(monkeypatch):
+    card = Card(monkeypatch, kernel=4e-6, launch=50e-6)
+    found = bench_gpu.on_gpu([card.call] * 5)
+    assert found.how == "graph"
+    begun = card.now
+    assert found.turn() == pytest.approx(4e-6)
+    assert card.now - begun > bench_gpu._TURN
+    assert card.mode == 0
+
+
+@pytest.mark.parametrize("refuses", ["waiting", "capture"])
+def test_without_a_graph_launches_count(monkeypatch, refuses):
+    card = Card(monkeypatch, kernel=4e-6, launch=50e-6, refuses=refuses)
+    found = bench_gpu.on_gpu([card.call] * 5)
+    reason = {"waiting": "called a synchronizing CUDA operation", "capture": "cannot be captured"}
+    assert found.how == f"eager (RuntimeError: {reason[refuses]})"
+    assert found.turn() == pytest.approx(50e-6)
+    assert card.mode == 0
+
+
+def test_every_call_keeps_its_own_result(monkeypatch):
+    """Else a call would write to the memory of the one before, which the cache still holds."""
+    alive = weakref.WeakSet()
+    card = Card(monkeypatch, kernel=2e-3, launch=2e-3, refuses="capture")
+
+    class Result:
+        pass
+
+    def call():
+        card.call()
+        found = Result()
+        alive.add(found)
+        return found
+
+    timed = bench_gpu.on_gpu([call] * 5)
+    assert len(alive) == 5
+    assert timed.turn() == pytest.approx(2e-3)
 
 
 @pytest.mark.gpu

@@ -142,8 +142,7 @@ def test_shapes_are_the_models():
     cases = {name: native("224") for name, native in bench_gpu._NATIVE.items()}
     titles = {name: [case.title for case in found] for name, found in cases.items()}
     assert titles["channel"] == [
-        *("56x56 x 3 heads, batch 128", "28x28 x 6 heads, batch 128"),
-        *("14x14 x 12 heads, batch 128", "7x7 x 24 heads, batch 128"),
+        *("56x56 x 3 heads", "28x28 x 6 heads", "14x14 x 12 heads", "7x7 x 24 heads")
     ]
     assert titles["agent"] == [
         *("56x56 x 3 heads, 9 agents", "28x28 x 6 heads, 16 agents"),

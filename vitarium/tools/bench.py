@@ -89,9 +89,10 @@ def run(args: Namespace) -> int:
     if args.csv is not None and rows:
         console.print(f"wrote {args.csv}")
     if args.plot is not None:
-        from vitarium.tools import bench_plots
+        from vitarium.tools import bench_op_plots, bench_plots
 
-        for file in bench_plots.draw(rows, Path(args.plot)):
+        draw = bench_op_plots.draw if args.what == "ops" else bench_plots.draw
+        for file in draw(rows, Path(args.plot)):
             console.print(f"wrote {file}")
     return 0
 

@@ -33,7 +33,7 @@ class Channel(OpCase):
 
     @property
     def title(self) -> str:
-        return f"{self.height}x{self.width} x {self.heads} heads, batch {self.batch}"
+        return f"{self.height}x{self.width} x {self.heads} heads"
 
     def inputs(self, biased: bool) -> Inputs:
         """The output of the projection, with the gradient that it wants: copies count."""

@@ -28,7 +28,7 @@ _MODES = {"infer": "inference", "train": "training"}
 _MOST_NAMES = 40  # beyond them only the front is named
 _MOST_LINES = 20
 _FEW_SIZES = 4
-_INK, _FAINT, _GRID = "#222222", "#777777", "#e6e6e6"
+INK, FAINT, GRID = "#222222", "#777777", "#e6e6e6"
 _FONT = 8.5
 _LINE = 0.042  # between two names, of the axes' height
 
@@ -118,12 +118,10 @@ def draw(rows: Sequence[Row], out: Path) -> list[Path]:
         if not points:
             continue
         files.append(out / f"{mode}_gflops.png")
-        _save(_over_gflops(points, f"Throughput and compute, {_MODES[mode]}", terms), files[-1])
+        save(_over_gflops(points, f"Throughput and compute, {_MODES[mode]}", terms), files[-1])
         if any(len(line) > 1 for line in _lines(points)):
             files.append(out / f"{mode}_size.png")
-            _save(
-                _over_size(points, f"Throughput and image size, {_MODES[mode]}", terms), files[-1]
-            )
+            save(_over_size(points, f"Throughput and image size, {_MODES[mode]}", terms), files[-1])
     if not files:
         raise ValueError("plot: expected rows with a throughput and infer_gmacs, found none")
     return files
@@ -219,8 +217,8 @@ def _over_gflops(points: Sequence[Point], title: str, terms: str) -> Figure:
             names.append((point, point.model + size, colour))
     for ours, text in ((True, "vitarium"), (False, "timm")):
         if any(point.ours == ours for point in points):
-            face = _FAINT if ours else "w"
-            axes.scatter([], [], s=34, c=face, edgecolor=_FAINT, label=text)
+            face = FAINT if ours else "w"
+            axes.scatter([], [], s=34, c=face, edgecolor=FAINT, label=text)
     axes.margins(0.12)
     _finish(axes)
     _name_points(axes, names, points, fronts)
@@ -257,10 +255,10 @@ def _canvas(title: str, terms: str, right: float = 0.97) -> tuple[Figure, Axes]:
     figure = Figure(figsize=(10, 6.4), dpi=130)
     FigureCanvasAgg(figure)  # texts are measured before the figure is saved
     axes = figure.add_axes((0.09, 0.09, right - 0.09, 0.73))
-    figure.text(0.09, 0.945, title, fontsize=15, weight="bold", color=_INK)
-    figure.text(0.09, 0.905, terms, fontsize=10, color=_FAINT)
+    figure.text(0.09, 0.945, title, fontsize=15, weight="bold", color=INK)
+    figure.text(0.09, 0.905, terms, fontsize=10, color=FAINT)
     axes.set(xscale="log", yscale="log", ylabel="images per second")
-    axes.grid(color=_GRID, linewidth=0.8)
+    axes.grid(color=GRID, linewidth=0.8)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
     return figure, axes
@@ -283,7 +281,7 @@ def _finish(axes: Axes) -> None:
             ncols=4,
             frameon=False,
             fontsize=_FONT,
-            labelcolor=_INK,
+            labelcolor=INK,
             borderaxespad=0,
         )
 
@@ -356,7 +354,7 @@ def _name_points(
             left_out += 1
     if left_out:
         text = f"{left_out} names left out for want of room"
-        axes.figure.text(0.97, 0.02, text, ha="right", fontsize=_FONT, color=_FAINT)
+        axes.figure.text(0.97, 0.02, text, ha="right", fontsize=_FONT, color=FAINT)
 
 
 def _name_lines(axes: Axes, lines: Sequence[Sequence[Point]]) -> None:
@@ -384,7 +382,7 @@ def _name_lines(axes: Axes, lines: Sequence[Sequence[Point]]) -> None:
         )
 
 
-def _save(figure: Figure, file: Path) -> None:
+def save(figure: Figure, file: Path) -> None:
     """Write under a temporary name first."""
     temporary = file.with_name(f"{file.stem}.part.png")
     figure.savefig(temporary)
