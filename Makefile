@@ -9,6 +9,7 @@ PYTEST := $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist wo
 # what `make gpu` runs on; make GPU_PYTHON=python3 takes one that has all and installs nothing
 GPU_PYTHON ?= $(BIN)/python
 GPU_BENCH := $(GPU_PYTHON) -m vitarium_cli bench
+GPU_PLOT = $(shell $(GPU_PYTHON) -c 'import matplotlib' 2>/dev/null && echo --plot benchmarks)
 SANITIZER ?= compute-sanitizer
 
 .PHONY: demo test test-all lint bench gpu clean
@@ -42,9 +43,9 @@ gpu: $(if $(filter $(BIN)/python,$(GPU_PYTHON)),$(STAMP)-dev)
 		PYTORCH_NO_CUDA_MEMORY_CACHING=1 VITARIUM_AUTOTUNE=0 $(SANITIZER) --tool $$tool \
 			--error-exitcode 1 $(GPU_PYTHON) -m pytest -m gpu -k sanitizer; done; \
 	else echo "$(SANITIZER) is not installed: memcheck and racecheck did not run"; fi
-	$(GPU_BENCH) ops --device cuda --csv benchmarks/ops_cuda.csv --plot benchmarks
+	$(GPU_BENCH) ops --device cuda --csv benchmarks/ops_cuda.csv $(GPU_PLOT)
 	$(GPU_BENCH) models $(GPU_MODELS) --device cuda --dtype bfloat16 --batch-size 128 --compile \
-		--mode both --csv benchmarks/models_cuda.csv --plot benchmarks
+		--mode both --csv benchmarks/models_cuda.csv $(GPU_PLOT)
 
 SWIN := swin_tiny_patch4_window7_224
 GPU_MODELS := fused_$(SWIN) $(SWIN) nat_tiny nat_tiny+aten biformer_small biformer_small+aten \

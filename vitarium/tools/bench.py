@@ -55,11 +55,15 @@ def run(args: Namespace) -> int:
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 140)
     on_gpu = args.what == "ops" and device.type == "cuda"
     head = machine(args.threads, device)
+    if device.type == "cuda":
+        from vitarium.tools import bench_gpu_report
+
+        head += f"\n{bench_gpu_report.head(device)}"
     if on_gpu:
-        from vitarium.tools import bench_gpu, bench_gpu_report
+        from vitarium.tools import bench_gpu
 
         ceilings = bench_gpu.ceilings(device)
-        head = f"{bench_gpu_report.head(device)}\n{ceilings}"
+        head += f"\n{ceilings}"
 
     def save(rows: list[Row]) -> None:
         if args.csv is not None and rows:

@@ -57,10 +57,17 @@ _SECONDS = 5.0  # for one candidate, but not before its third turn
 
 
 class Timed(NamedTuple):
-    """A candidate that is ready to be timed: a turn gives the seconds of a call."""
+    """A candidate that is ready to be timed.
+
+    Attributes:
+        turn: gives the seconds of a call.
+        how: ``graph`` or ``eager``.
+        why: no graph could be captured.
+    """
 
     turn: Callable[[], float]
     how: str
+    why: str = ""
 
 
 @dataclass(frozen=True)
@@ -115,10 +122,11 @@ def measure(
     sizes = args.sizes or list(bench_case.SIZES)
     cases = [case for name in args.names or _NATIVE for case in _cases(name, sizes, args.quick)]
     rounds = min(args.rounds, _QUICK_ROUNDS) if args.quick else args.rounds
+    default = DTYPES[-1:] if args.quick else DTYPES
     run = Run(device, ceilings, rounds, _compiled)
     rows: list[Row] = []
     verdicts: list[list[str]] = []
-    dtypes = [getattr(torch, name) for name in args.dtype or DTYPES]
+    dtypes = [getattr(torch, name) for name in args.dtype or default]
     settings = [
         (bench_case.placed(case, device, dtype), biased, backward)
         for case in cases
@@ -133,6 +141,7 @@ def measure(
                 rows += found
                 save(rows)
                 bench_gpu_report.show(console, found)
+                console.file.flush()  # a run takes long, and may be cut short
                 verdicts += bench_gpu_report.verdicts(found)
     finally:
         bench_gpu_report.judge(console, verdicts)
@@ -193,6 +202,7 @@ def measured(run: Run, case: OpCase, biased: bool, backward: bool) -> list[Row]:
                 else:
                     ready[name] = on_gpu(calls) if run.device.type == "cuda" else on_cpu(calls)
                     row["timed"] = ready[name].how
+                    row["note"] = "; ".join(filter(None, (row["note"], ready[name].why)))
             except Exception as error:
                 row["note"] = f"failed: {_reason(error)}"
                 _tidy(run.device)
@@ -330,7 +340,7 @@ def on_gpu(calls: Sequence[Function]) -> Timed:
         each(3)  # kernels are compiled and tuned
     torch.cuda.current_stream().wait_stream(side)
     torch.cuda.synchronize()
-    passes, how = 1, "graph"
+    passes, why = 1, ""
     run: Function = each
     try:
         run = _captured(each)
@@ -339,14 +349,14 @@ def on_gpu(calls: Sequence[Function]) -> Timed:
             run = _captured(partial(each, passes))
     except RuntimeError as error:
         torch.cuda.synchronize()
-        run, passes, how = each, 1, f"eager ({_reason(error)})"
+        run, passes, why = each, 1, f"no graph: {_reason(error)}"
     repeats = max(1, math.ceil(_TURN / max(bench.timed(run, 1, _GPU), 1e-6)))
 
     def turn() -> float:
         run()  # while it runs, what is timed is queued
         return bench.timed(run, repeats, _GPU) / (passes * len(calls))
 
-    return Timed(turn, how)
+    return Timed(turn, "eager" if why else "graph", why)
 
 
 _GPU = torch.device("cuda")  # the current one
@@ -356,6 +366,7 @@ def _captured(function: Function) -> Function:
     """A graph of what the function does; a RuntimeError where that waits for the device."""
     with _no_waiting():
         function()  # a capture that fails on it would leave the allocator in disorder
+    gc.collect()  # not while a graph is captured
     graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
     try:
         with torch.cuda.graph(graph):

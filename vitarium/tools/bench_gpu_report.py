@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import platform
 import shlex
 import subprocess
 import sys
@@ -20,18 +19,14 @@ CEILING = 50.0  # percent of the ceiling that a forward pass is to reach
 PEER, OR_CEILING = 1.5, 80.0  # times the best peer, or else percent of the ceiling
 TRAINING = 1.3  # times the best peer, forward and backward
 
-_OURS = ("triton", "aten", "reference", "natten")
 _QUERY = ("driver_version", "clocks.max.sm", "clocks.max.mem", "power.limit")
 
 
 def head(device: torch.device, argv: list[str] | None = None) -> str:
-    """Where figures come from, and how: two lines."""
-    about = ", ".join(f"{name} {_version(name)}" for name in ("torch", "triton", "timm", "natten"))
+    """What `bench.machine` does not say of a GPU, and the command: two lines."""
+    about = ", ".join(f"{name} {_version(name)}" for name in ("triton", "natten"))
     command = shlex.join(sys.argv[1:] if argv is None else argv)
-    return (
-        f"{_card(device)}, {about}, Python {platform.python_version()}\n"
-        f"vitarium {command}; {bench.clock_name(1, device)}"
-    )
+    return f"{_card(device)}, {about}\nvitarium {command}"
 
 
 def _version(package: str) -> str:
@@ -46,7 +41,7 @@ def _card(device: torch.device) -> str:
         return str(device)
     card = torch.cuda.get_device_properties(device)
     return (
-        f"{card.name}, {card.total_memory / 2**30:.0f} GiB, {card.multi_processor_count} SMs, "
+        f"{card.total_memory / 2**30:.0f} GiB, {card.multi_processor_count} multiprocessors, "
         f"L2 {card.L2_cache_size / 2**20:.0f} MiB, CUDA {torch.version.cuda}, {_driver(card)}"
     )
 
@@ -160,7 +155,7 @@ def verdicts(rows: list[Row]) -> list[list[str]]:
     """
     ours = _auto(rows)
     name = ours["implementation"]
-    own = ("triton", *(each for each in _OURS if each == name))
+    own = ("triton", name)
     peers = [
         each
         for each in rows

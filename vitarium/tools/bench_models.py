@@ -358,7 +358,7 @@ def _begun(step: bench.Function, name: str, run: Run) -> bench.Function:
     """A step with the ops that the model's name asks for."""
 
     def begun() -> Any:
-        if run.device.type == "cuda":
+        if run.compile_mode != "default":
             torch.compiler.cudagraph_mark_step_begin()  # a graph may overwrite the step before
         with _without_kernels(name):
             return step()
