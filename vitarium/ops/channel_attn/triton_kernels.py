@@ -5,6 +5,7 @@ that the compiler sees what divides them and reads vectors. Programs of neighbor
 are neighbors in memory, run at the same time. Where there are enough images and heads to fill a
 GPU, one program does all for one of them (FUSED). Elsewhere the tokens are divided into parts:
 one kernel writes each part's products, one sums them in a fixed order, one mixes part by part.
+Either way every map is read once; the gradient of what is mixed is written with the products.
 """
 
 # ruff: noqa: N803

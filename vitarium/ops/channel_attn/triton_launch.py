@@ -24,7 +24,7 @@ _ALIGNED = 8  # elements: 16 bytes in half precision
 _HALF = {
     32: [(64, 4, 3), (128, 4, 2), (128, 4, 3), (64, 4, 4), (64, 2, 3), (32, 1, 4)],
     64: [(64, 4, 3), (64, 8, 3), (128, 8, 2), (64, 4, 2), (64, 4, 4)],
-    128: [(32, 8, 3), (64, 8, 2), (32, 8, 2)],
+    128: [(16, 8, 3), (32, 8, 3), (64, 8, 2)],
 }
 _SINGLE = {
     32: [(32, 4, 2), (16, 4, 2), (32, 8, 2)],
@@ -68,9 +68,10 @@ def _parts(x: Tensor) -> tuple[int, int]:
     return -(-tokens // chunk), chunk
 
 
-def _arguments(**maps: Tensor) -> dict[str, Any]:
+def _arguments(maps: dict[str, Tensor]) -> dict[str, Any]:
     """Pointers, strides and sizes of maps [B, N, heads, head_dim], by the kernels' names."""
-    shape = next(iter(maps.values())).shape
+    first = next(iter(maps.values()))
+    block = _triton.block(first.shape[3])
     aligned = all(s % _ALIGNED == 0 for x in maps.values() for s in x.stride()[:3])
     unit = _ALIGNED if aligned else 1
     found: dict[str, Any] = {f"{name}_ptr": x for name, x in maps.items()}
@@ -78,12 +79,13 @@ def _arguments(**maps: Tensor) -> dict[str, Any]:
         for axis, stride in zip("bnh", x.stride(), strict=False):
             found[f"{name}_stride_{axis}"] = stride // unit
     return found | {
-        "tokens": shape[1],
-        "heads": shape[2],
-        "HEAD_DIM": shape[3],
-        "BLOCK_D": _triton.block(shape[3]),
+        "tokens": first.shape[1],
+        "heads": first.shape[2],
+        "HEAD_DIM": first.shape[3],
+        "BLOCK_D": block,
         "UNIT": unit,
-        "PRECISION": _triton.precision(next(iter(maps.values())).dtype),
+        # such wide operands of tf32 products do not fit every device's shared memory
+        "PRECISION": "ieee" if block > 64 else _triton.precision(first.dtype),
     }
 
 
@@ -94,7 +96,13 @@ def _configs(x: Tensor) -> list[_triton.Config]:
     return [_triton.Config({"BLOCK_M": m}, warps, stages) for m, warps, stages in blocks]
 
 
-_KEY = ("HEAD_DIM", "UNIT", "PRECISION")
+def _launch(kernel: Any, maps: dict[str, Tensor], parts: int, chunk: int, **rest: Any) -> None:
+    """Run a program for every part of every head."""
+    x = next(iter(maps.values()))
+    programs = x.shape[0] * parts * x.shape[2]
+    arguments = _arguments(maps) | {"parts": parts, "chunk": chunk} | rest
+    key = [k for k in ("HEAD_DIM", "UNIT", "PRECISION", "FUSED") if k in arguments]
+    _triton.launch(kernel, lambda _: (programs,), arguments, _configs(x), key)
 
 
 def _partials(x: Tensor, parts: int) -> Tensor:
@@ -107,16 +115,9 @@ def _products(x: Tensor, y: Tensor, parts: int, chunk: int) -> Tensor:
     """Sums over the tokens of each part: [parts, B, heads, head_dim, head_dim]."""
     from vitarium.ops.channel_attn import triton_kernels as kernels
 
-    batch, _, heads, _ = x.shape
     partials = _partials(x, parts)
-    sizes = {"batch": batch, "parts": parts, "chunk": chunk, "partials_ptr": partials}
-    _triton.launch(
-        kernels._channel_products_kernel,
-        lambda _: (heads * parts * batch,),
-        _arguments(x=x, y=y) | sizes,
-        _configs(x),
-        _KEY,
-    )
+    rest = {"partials_ptr": partials, "batch": x.shape[0]}
+    _launch(kernels._channel_products_kernel, {"x": x, "y": y}, parts, chunk, **rest)
     return partials
 
 
@@ -160,16 +161,10 @@ def _forward(
     x, y, z = (_tokens(m) for m in (left, right, mixed))
     parts, chunk = _parts(x)
     used = weights if parts == 1 else _summed(_products(x, y, parts, chunk), scale)
-    sizes = {"scale": scale, "parts": parts, "chunk": chunk, "weights_ptr": used}
-    _triton.launch(
-        kernels._channel_fwd_kernel,
-        lambda _: (x.shape[2] * parts * x.shape[0],),
-        _arguments(left=x, right=y, mixed=z, out=out.flatten(1, 2))
-        | sizes
-        | {"FUSED": parts == 1, "KEEP": keep},
-        _configs(x),
-        (*_KEY, "FUSED"),
-    )
+    maps = {"left": x, "right": y, "mixed": z, "out": out.flatten(1, 2)}
+    fused = {"FUSED": parts == 1, "KEEP": parts == 1 and keep}
+    rest = {"weights_ptr": used, "scale": scale, **fused}
+    _launch(kernels._channel_fwd_kernel, maps, parts, chunk, **rest)
     return out, used if keep else weights
 
 
@@ -197,25 +192,14 @@ def _backward(
     scores = weights
     if parts > 1:
         partials = _partials(x, parts)
-        _triton.launch(
-            kernels._channel_bwd_products_kernel,
-            lambda _: (x.shape[2] * parts * x.shape[0],),
-            _arguments(grad=g, mixed=z, dmixed=dz)
-            | {"weights_ptr": weights, "partials_ptr": partials, "batch": x.shape[0]}
-            | {"parts": parts, "chunk": chunk},
-            _configs(x),
-            _KEY,
-        )
+        maps = {"grad": g, "mixed": z, "dmixed": dz}
+        rest = {"weights_ptr": weights, "partials_ptr": partials, "batch": x.shape[0]}
+        _launch(kernels._channel_bwd_products_kernel, maps, parts, chunk, **rest)
         scores = _summed(partials, scale, weights)
-    _triton.launch(
-        kernels._channel_bwd_kernel,
-        lambda _: (x.shape[2] * parts * x.shape[0],),
-        _arguments(left=x, right=y, mixed=z, grad=g, dleft=dx, dright=dy, dmixed=dz)
-        | {"weights_ptr": weights, "scores_ptr": scores, "scale": scale}
-        | {"parts": parts, "chunk": chunk, "FUSED": parts == 1},
-        _configs(x),
-        (*_KEY, "FUSED"),
-    )
+    maps = {"left": x, "right": y, "mixed": z, "grad": g}
+    maps |= {"dleft": dx, "dright": dy, "dmixed": dz}
+    rest = {"weights_ptr": weights, "scores_ptr": scores, "scale": scale, "FUSED": parts == 1}
+    _launch(kernels._channel_bwd_kernel, maps, parts, chunk, **rest)
     return grads
 
 
