@@ -1,5 +1,6 @@
 """The GPU benchmark's path, run on a CPU: rows, verdicts, reasons; what needs a card is `gpu`."""
 
+import csv
 import io
 import weakref
 from argparse import Namespace
@@ -241,6 +242,36 @@ def test_csv(tmp_path):
         "product_percent,peak_mib,max_error,timed,note,bytes,flops,copy_gb_s,product_tflop_s,device"
     )
     assert len(lines) == 3 + len(rows)
+
+
+def test_the_command(program, native, monkeypatch, tmp_path):
+    """Everything but the card: where `cuda` is asked for, a CPU computes."""
+    device = Namespace(type="cuda")
+    monkeypatch.setattr(bench, "pick_device", lambda name: device)
+    monkeypatch.setattr(bench, "machine", lambda threads, found: f"machine of {found.type}")
+    monkeypatch.setattr(bench_gpu_report, "_card", lambda found: f"card of {found.type}")
+    monkeypatch.setattr(bench_gpu, "ceilings", lambda found: CEILINGS)
+    measure = bench_gpu.measure
+
+    def on_cpu(console, args, found, *rest):
+        assert found is device
+        return measure(console, args, bench.CPU, *rest)
+
+    monkeypatch.setattr(bench_gpu, "measure", on_cpu)
+    file = tmp_path / "ops.csv"
+    argv = ("--device", "cuda", "--quick", "--sizes", "224", "--csv", file, "--plot", tmp_path)
+    status, out, _ = program("bench", "ops", *argv)
+    assert status == 0
+    lines = file.read_text().splitlines()
+    assert lines[0] == "# machine of cuda"
+    assert lines[1].startswith("# card of cuda, triton ")
+    assert lines[3] == "# copy 2 GB/s, bfloat16 product 0.5 TFLOP/s"
+    rows = list(csv.DictReader(lines[4:]))
+    assert {row["dtype"] for row in rows} == {"bfloat16"}
+    assert {row["pass"] for row in rows} == {"forward", "forward+backward"}
+    pictures = [f"ops_channel_{x}_bfloat16.png" for x in ("forward+backward", "forward")]
+    assert sorted(x.name for x in tmp_path.iterdir()) == ["ops.csv", *pictures]
+    assert "card of cuda" in out
 
 
 @pytest.mark.parametrize(

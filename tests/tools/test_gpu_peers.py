@@ -5,7 +5,9 @@ from argparse import Namespace
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+from vitarium.ops import _triton
 from vitarium.tools import bench_case, bench_gpu, bench_neighborhood
 from vitarium.tools.bench_agent import Agent
 from vitarium.tools.bench_channel import Channel
@@ -69,6 +71,23 @@ def test_peers_compile_in_one_piece(name):
                 torch.testing.assert_close(
                     candidate(inputs).double(), expected, rtol=0, atol=1e-5, msg=peer
                 )
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_peers_compute_on_the_device_of_their_inputs(name, monkeypatch):
+    """Fake tensors of a CUDA device have no values, but refuse to meet those of a CPU."""
+    monkeypatch.setattr(_triton, "device_unsupported", lambda device: None)
+    case = bench_case.placed(CASES[name], torch.device("cuda"), torch.bfloat16)
+    with FakeTensorMode():
+        for biased in case.biases:
+            inputs = case.inputs(biased)
+            found = case.peers(biased, True, lambda function: function)
+            found |= {"aten": lambda x: case.ours(x, "aten"), "auto": case.ours}
+            for peer, candidate in found.items():
+                if callable(candidate) and "Flex" not in peer:
+                    out = candidate(inputs)
+                    assert (out.device.type, out.dtype) == ("cuda", torch.bfloat16), peer
+                    assert out.shape == bench_case.cost(case, biased, False).shape
 
 
 def test_why_peers_do_not_take_part():
