@@ -47,7 +47,7 @@ CALLS: dict[str, Callable[[torch.dtype, torch.device, bool], Call]] = {
     "detection stage 1": _call(2, ((200, 304), (7, 7)), ((15, 23), (2, 2)), 2, 1, padded=True),
     "detection stage 3": _call(2, ((50, 76), (16, 16)), ((15, 22), (4, 5)), 8, 16, padded=True),
     "ragged, masked": _call(8, ((13, 14), (7, 7)), ((7, 10), (4, 5)), 3, 16, 48, padded=True),
-    "completed with zeros": _call(8, ((31, 45), (4, 7)), ((9, 13), (2, 2)), 3, 3, 48),
-    "few channels of queries": _call(8, ((28, 21), (7, 7)), ((8, 6), (2, 2)), 4, 3, 24, 40),
-    "all regions": _call(8, ((28, 28), (2, 2)), ((8, 8), (2, 2)), 4, 4),
+    "completed with zeros": _call(8, ((31, 45), (4, 7)), ((15, 13), (2, 2)), 3, 3, 48),
+    "few channels of queries": _call(8, ((28, 21), (7, 7)), ((16, 9), (4, 3)), 4, 3, 24, 40),
+    "all regions, head_dim 128": _call(8, ((28, 28), (2, 2)), ((12, 12), (2, 2)), 2, 4, 128),
 }

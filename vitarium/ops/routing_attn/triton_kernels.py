@@ -12,8 +12,9 @@ adds to the scores what a table [regions of queries, regions of keys] holds. Blo
 regions there.
 
 Where all that is attended to is one block (ONCE), a program computes a GROUP of heads, which share
-the positions. Strides come in units of UNIT elements, so that the compiler sees what divides them
-and reads vectors. Programs of neighboring heads, which are neighbors in memory, run together.
+the positions. Programs of neighboring heads, which are neighbors in memory, run together. Strides
+come in units of UNIT elements, so that the compiler sees what divides them and reads vectors.
+Divisors come as numbers to multiply by.
 """
 
 # ruff: noqa: N803
@@ -26,19 +27,21 @@ _LOG2_E = tl.constexpr(1.4426950408889634)  # exponentials are of base 2
 _LOWEST = tl.constexpr(-1e38)  # of scores; finite, for differences of it
 _STRIDES = [f"{x}_stride_{axis}" for x in ("q", "k", "v", "grad") for axis in "bhwn"]
 _SIZES = ["height", "width", "region_height", "region_width", "query_columns", "key_columns"]
-_SIZES += ["query_regions", "key_regions"]
+_SIZES += ["query_regions", "key_regions", "over_length", "over_width"]
+_SIZES += ["over_query_columns", "over_key_columns"]
 
 
 @triton.jit
-def _quotient(x, divisor):
-    """Of numbers that are not negative: cheaper than of any."""
-    return (x.to(tl.uint32) // divisor.to(tl.uint32)).to(tl.int32)
+def _quotient(x, inverse):
+    """``x`` over the divisor that an inverse was made of; 0 <= x < 2**31."""
+    high = tl.umulhi(x.to(tl.uint32) * 2, (inverse & 0xFFFFFFFF).to(tl.uint32))
+    return (high >> ((inverse >> 32) - 1).to(tl.uint32)).to(tl.int32)
 
 
 @triton.jit
-def _place(region, token, columns, region_height, region_width):
+def _place(region, token, columns, over_columns, region_height, region_width, over_width):
     """Row and column in the map."""
-    down, right = _quotient(region, columns), _quotient(token, region_width)
+    down, right = _quotient(region, over_columns), _quotient(token, over_width)
     row = down * region_height + right
     column = (region - down * columns) * region_width + token - right * region_width
     return row.to(tl.int64), column.to(tl.int64)
@@ -59,6 +62,7 @@ def _slots(
     block,
     regions,
     length,
+    over_length,
     DENSE: tl.constexpr,
     MASKED: tl.constexpr,
     DIVISOR: tl.constexpr,
@@ -71,14 +75,14 @@ def _slots(
     slot = tl.arange(0, BLOCK)
     if MASKED:
         whole = BLOCK // length
-        region = _quotient(slot, length)
+        region = _quotient(slot, over_length)
         token = slot - region * length
         there = region < whole
         region += block * whole
         there = there & (region < regions)
     else:
         slot += block * BLOCK
-        region = _quotient(slot, length)
+        region = _quotient(slot, over_length)
         token = slot - region * length
         there = region < regions
         if not DENSE:
@@ -91,6 +95,7 @@ def _owned(
     block,
     regions,
     length,
+    over_length,
     DENSE: tl.constexpr,
     MASKED: tl.constexpr,
     WHOLE: tl.constexpr,
@@ -98,7 +103,9 @@ def _owned(
 ):
     """The slots of a program, as `_slots` gives them, and the region, unless there are more."""
     if DENSE:
-        region, token, there = _slots(None, block, regions, length, True, MASKED, 1, BLOCK)
+        region, token, there = _slots(
+            None, block, regions, length, over_length, True, MASKED, 1, BLOCK
+        )
         one = 0
     else:
         one = block
@@ -113,9 +120,9 @@ def _owned(
 
 
 @triton.jit
-def _regions(length, BLOCK_R: tl.constexpr, BLOCK: tl.constexpr):
+def _regions(over_length, BLOCK_R: tl.constexpr, BLOCK: tl.constexpr):
     """[BLOCK_R, BLOCK]: 1 where a slot belongs to a region of its block."""
-    region = _quotient(tl.arange(0, BLOCK), length)
+    region = _quotient(tl.arange(0, BLOCK), over_length)
     return (tl.arange(0, BLOCK_R)[:, None] == region[None, :]).to(tl.float32).to(tl.bfloat16)
 
 
@@ -152,21 +159,16 @@ def _at(ptr, image, head, stride_b, stride_n, UNIT: tl.constexpr):
 
 
 @triton.jit
-def _read(
-    base, row, column, inside, stride_h, stride_w, UNIT: tl.constexpr, DIM: tl.constexpr, BLOCK
-):
-    """Tokens [rows, BLOCK] of a map; zeros where there are none."""
-    at = (row * stride_h + column * stride_w) * UNIT
-    where = base + at[:, None] + tl.arange(0, BLOCK)[None, :]
-    return tl.load(where, mask=_mask(inside, DIM, BLOCK), other=0.0)
+def _rows(base, row, column, stride_h, stride_w, UNIT: tl.constexpr):
+    """Where tokens of a map are."""
+    return base + (row * stride_h + column * stride_w) * UNIT
 
 
 @triton.jit
-def _filled(x, inside, pad_ptr, vector, DIM: tl.constexpr, BLOCK: tl.constexpr):
-    """Tokens with a vector of ``pad`` in the place of those that are not inside."""
-    d = tl.arange(0, BLOCK)
-    fill = tl.load(pad_ptr + vector * DIM + d, mask=d < DIM, other=0.0)
-    return tl.where(inside[:, None], x, fill[None, :])
+def _read(rows, wanted, DIM: tl.constexpr, BLOCK: tl.constexpr):
+    """Tokens [rows, BLOCK], zeros where they are not wanted."""
+    where = rows[:, None] + tl.arange(0, BLOCK)[None, :]
+    return tl.load(where, mask=_mask(wanted, DIM, BLOCK), other=0.0)
 
 
 @triton.jit
@@ -199,6 +201,8 @@ def _routing_mean_kernel(
     region_width,
     key_columns,
     key_regions,
+    over_width,
+    over_key_columns,
     parts,
     span,
     HEADS: tl.constexpr,
@@ -227,7 +231,9 @@ def _routing_mean_kernel(
     k_sum = tl.zeros([BLOCK_N, BLOCK_C], tl.float32)
     for start in range(part * span, tl.minimum(part * span + span, length), BLOCK_N):
         token = start + tl.arange(0, BLOCK_N)
-        row, column = _place(region, token, key_columns, region_height, region_width)
+        row, column = _place(
+            region, token, key_columns, over_key_columns, region_height, region_width, over_width
+        )
         inside = (token < length) & (row < height) & (column < width)
         mask = inside[:, None] & channel[None, :]
         at = (row * q_stride_h + column * q_stride_w) * UNIT
@@ -282,6 +288,10 @@ def _routing_fwd_kernel(
     key_columns,
     query_regions,
     key_regions,
+    over_length,
+    over_width,
+    over_query_columns,
+    over_key_columns,
     HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
@@ -306,25 +316,32 @@ def _routing_fwd_kernel(
     piece = tl.program_id(0) // (HEADS // GROUP)
     first = tl.program_id(0) % (HEADS // GROUP) * GROUP
     length = region_height * region_width
-    region, token, there, one = _owned(piece, query_regions, length, DENSE, MASKED, WHOLE, BLOCK_M)
-    row, column = _place(region, token, query_columns, region_height, region_width)
+    region, token, there, one = _owned(
+        piece, query_regions, length, over_length, DENSE, MASKED, WHOLE, BLOCK_M
+    )
+    row, column = _place(
+        region, token, query_columns, over_query_columns, region_height, region_width, over_width
+    )
     real = _inside(row, column, there, height, width, RAGGED)
     chosen_ptr += (image * query_regions + one) * TOPK
     count = key_regions if DENSE else TOPK
     blocks = _blocks(count, length, MASKED, BLOCK_N)
     power = scale * _LOG2_E
     if MASKED:
-        of_regions = _regions(length, BLOCK_R, BLOCK_N)
+        of_regions = _regions(over_length, BLOCK_R, BLOCK_N)
         mask_ptr += image * query_regions * blocks * BLOCK_R
     if ONCE:
-        near, n, seen = _slots(chosen_ptr, 0, count, length, DENSE, MASKED, 1, BLOCK_N)
-        y, x = _place(near, n, key_columns, region_height, region_width)
+        near, n, seen = _slots(chosen_ptr, 0, count, length, over_length, DENSE, MASKED, 1, BLOCK_N)
+        y, x = _place(
+            near, n, key_columns, over_key_columns, region_height, region_width, over_width
+        )
         inside = _inside(y, x, seen, height, width, RAGGED)
 
     for i in range(0, GROUP):
         head = first + i
         base = _at(q_ptr, image, head, q_stride_b, q_stride_n, UNIT)
-        q = _read(base, row, column, real, q_stride_h, q_stride_w, UNIT, HEAD_DIM, BLOCK_D)
+        rows = _rows(base, row, column, q_stride_h, q_stride_w, UNIT)
+        q = _read(rows, real, HEAD_DIM, BLOCK_D)
         k_base = _at(k_ptr, image, head, k_stride_b, k_stride_n, UNIT)
         v_base = _at(v_ptr, image, head, v_stride_b, v_stride_n, UNIT)
         largest = tl.full([BLOCK_M], _LOWEST, tl.float32)
@@ -332,14 +349,22 @@ def _routing_fwd_kernel(
         out = tl.zeros([BLOCK_M, BLOCK_E], tl.float32)
         for block in range(0, 1 if ONCE else blocks):
             if not ONCE:
-                near, n, seen = _slots(chosen_ptr, block, count, length, DENSE, MASKED, 1, BLOCK_N)
-                y, x = _place(near, n, key_columns, region_height, region_width)
+                near, n, seen = _slots(
+                    chosen_ptr, block, count, length, over_length, DENSE, MASKED, 1, BLOCK_N
+                )
+                y, x = _place(
+                    near, n, key_columns, over_key_columns, region_height, region_width, over_width
+                )
                 inside = _inside(y, x, seen, height, width, RAGGED)
-            k = _read(k_base, y, x, inside, k_stride_h, k_stride_w, UNIT, HEAD_DIM, BLOCK_D)
-            v = _read(v_base, y, x, inside, v_stride_h, v_stride_w, UNIT, VALUE_DIM, BLOCK_E)
+            k_rows = _rows(k_base, y, x, k_stride_h, k_stride_w, UNIT)
+            v_rows = _rows(v_base, y, x, v_stride_h, v_stride_w, UNIT)
+            wanted = inside
             if PADDED:
-                k = _filled(k, inside, pad_ptr, HEADS + head, HEAD_DIM, BLOCK_D)
-                v = _filled(v, inside, pad_ptr, 2 * HEADS + head, VALUE_DIM, BLOCK_E)
+                k_rows = tl.where(inside, k_rows, pad_ptr + (HEADS + head) * HEAD_DIM)
+                v_rows = tl.where(inside, v_rows, pad_ptr + (2 * HEADS + head) * HEAD_DIM)
+                wanted = seen
+            k = _read(k_rows, wanted, HEAD_DIM, BLOCK_D)
+            v = _read(v_rows, wanted, VALUE_DIM, BLOCK_E)
             scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
             if MASKED:
                 added = _added(mask_ptr, region, there, block, blocks, BLOCK_R)
@@ -399,6 +424,10 @@ def _routing_bwd_query_kernel(
     key_columns,
     query_regions,
     key_regions,
+    over_length,
+    over_width,
+    over_query_columns,
+    over_key_columns,
     HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
@@ -423,29 +452,35 @@ def _routing_bwd_query_kernel(
     piece = tl.program_id(0) // (HEADS // GROUP)
     first = tl.program_id(0) % (HEADS // GROUP) * GROUP
     length = region_height * region_width
-    region, token, there, one = _owned(piece, query_regions, length, DENSE, MASKED, WHOLE, BLOCK_M)
-    row, column = _place(region, token, query_columns, region_height, region_width)
+    region, token, there, one = _owned(
+        piece, query_regions, length, over_length, DENSE, MASKED, WHOLE, BLOCK_M
+    )
+    row, column = _place(
+        region, token, query_columns, over_query_columns, region_height, region_width, over_width
+    )
     real = _inside(row, column, there, height, width, RAGGED)
     chosen_ptr += (image * query_regions + one) * TOPK
     count = key_regions if DENSE else TOPK
     blocks = _blocks(count, length, MASKED, BLOCK_N)
     power = scale * _LOG2_E
     if MASKED:
-        of_regions = _regions(length, BLOCK_R, BLOCK_N)
+        of_regions = _regions(over_length, BLOCK_R, BLOCK_N)
         mask_ptr += image * query_regions * blocks * BLOCK_R
     if ONCE:
-        near, n, seen = _slots(chosen_ptr, 0, count, length, DENSE, MASKED, 1, BLOCK_N)
-        y, x = _place(near, n, key_columns, region_height, region_width)
+        near, n, seen = _slots(chosen_ptr, 0, count, length, over_length, DENSE, MASKED, 1, BLOCK_N)
+        y, x = _place(
+            near, n, key_columns, over_key_columns, region_height, region_width, over_width
+        )
         inside = _inside(y, x, seen, height, width, RAGGED)
 
     for i in range(0, GROUP):
         head = first + i
         base = _at(q_ptr, image, head, q_stride_b, q_stride_n, UNIT)
-        q = _read(base, row, column, real, q_stride_h, q_stride_w, UNIT, HEAD_DIM, BLOCK_D)
+        rows = _rows(base, row, column, q_stride_h, q_stride_w, UNIT)
+        q = _read(rows, real, HEAD_DIM, BLOCK_D)
         base = _at(grad_ptr, image, head, grad_stride_b, grad_stride_n, UNIT)
-        grad = _read(
-            base, row, column, real, grad_stride_h, grad_stride_w, UNIT, VALUE_DIM, BLOCK_E
-        )
+        rows = _rows(base, row, column, grad_stride_h, grad_stride_w, UNIT)
+        grad = _read(rows, real, VALUE_DIM, BLOCK_E)
         at = ((image * height + row) * width + column) * HEADS + head
         where = out_ptr + (at * VALUE_DIM)[:, None] + tl.arange(0, BLOCK_E)[None, :]
         out = tl.load(where, mask=_mask(real, VALUE_DIM, BLOCK_E), other=0.0)
@@ -458,14 +493,22 @@ def _routing_bwd_query_kernel(
         grad_q = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
         for block in range(0, 1 if ONCE else blocks):
             if not ONCE:
-                near, n, seen = _slots(chosen_ptr, block, count, length, DENSE, MASKED, 1, BLOCK_N)
-                y, x = _place(near, n, key_columns, region_height, region_width)
+                near, n, seen = _slots(
+                    chosen_ptr, block, count, length, over_length, DENSE, MASKED, 1, BLOCK_N
+                )
+                y, x = _place(
+                    near, n, key_columns, over_key_columns, region_height, region_width, over_width
+                )
                 inside = _inside(y, x, seen, height, width, RAGGED)
-            k = _read(k_base, y, x, inside, k_stride_h, k_stride_w, UNIT, HEAD_DIM, BLOCK_D)
-            v = _read(v_base, y, x, inside, v_stride_h, v_stride_w, UNIT, VALUE_DIM, BLOCK_E)
+            k_rows = _rows(k_base, y, x, k_stride_h, k_stride_w, UNIT)
+            v_rows = _rows(v_base, y, x, v_stride_h, v_stride_w, UNIT)
+            wanted = inside
             if PADDED:
-                k = _filled(k, inside, pad_ptr, HEADS + head, HEAD_DIM, BLOCK_D)
-                v = _filled(v, inside, pad_ptr, 2 * HEADS + head, VALUE_DIM, BLOCK_E)
+                k_rows = tl.where(inside, k_rows, pad_ptr + (HEADS + head) * HEAD_DIM)
+                v_rows = tl.where(inside, v_rows, pad_ptr + (2 * HEADS + head) * HEAD_DIM)
+                wanted = seen
+            k = _read(k_rows, wanted, HEAD_DIM, BLOCK_D)
+            v = _read(v_rows, wanted, VALUE_DIM, BLOCK_E)
             scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
             if MASKED:
                 added = _added(mask_ptr, region, there, block, blocks, BLOCK_R)
@@ -521,6 +564,10 @@ def _routing_bwd_key_kernel(
     key_columns,
     query_regions,
     key_regions,
+    over_length,
+    over_width,
+    over_query_columns,
+    over_key_columns,
     HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
@@ -546,16 +593,24 @@ def _routing_bwd_key_kernel(
     image = tl.program_id(1).to(tl.int64)
     piece, head = tl.program_id(0) // HEADS, tl.program_id(0) % HEADS
     length = region_height * region_width
-    region, token, there, one = _owned(piece, key_regions, length, DENSE, MASKED, WHOLE, BLOCK_M)
-    row, column = _place(region, token, key_columns, region_height, region_width)
+    region, token, there, one = _owned(
+        piece, key_regions, length, over_length, DENSE, MASKED, WHOLE, BLOCK_M
+    )
+    row, column = _place(
+        region, token, key_columns, over_key_columns, region_height, region_width, over_width
+    )
     real = _inside(row, column, there, height, width, RAGGED)
     base = _at(k_ptr, image, head, k_stride_b, k_stride_n, UNIT)
-    k = _read(base, row, column, real, k_stride_h, k_stride_w, UNIT, HEAD_DIM, BLOCK_D)
+    k_rows = _rows(base, row, column, k_stride_h, k_stride_w, UNIT)
     base = _at(v_ptr, image, head, v_stride_b, v_stride_n, UNIT)
-    v = _read(base, row, column, real, v_stride_h, v_stride_w, UNIT, VALUE_DIM, BLOCK_E)
+    v_rows = _rows(base, row, column, v_stride_h, v_stride_w, UNIT)
+    wanted = real
     if PADDED:
-        k = _filled(k, real, pad_ptr, HEADS + head, HEAD_DIM, BLOCK_D)
-        v = _filled(v, real, pad_ptr, 2 * HEADS + head, VALUE_DIM, BLOCK_E)
+        k_rows = tl.where(real, k_rows, pad_ptr + (HEADS + head) * HEAD_DIM)
+        v_rows = tl.where(real, v_rows, pad_ptr + (2 * HEADS + head) * HEAD_DIM)
+        wanted = there
+    k = _read(k_rows, wanted, HEAD_DIM, BLOCK_D)
+    v = _read(v_rows, wanted, VALUE_DIM, BLOCK_E)
     q_base = _at(q_ptr, image, head, q_stride_b, q_stride_n, UNIT)
     grad_base = _at(grad_ptr, image, head, grad_stride_b, grad_stride_n, UNIT)
     slot = (image * HEADS + head) * query_regions * length
@@ -566,7 +621,7 @@ def _routing_bwd_key_kernel(
         count = (tl.load(offsets_ptr + 1) - begin).to(tl.int32)
         callers_ptr += image * query_regions * TOPK + begin
     if MASKED:
-        of_regions = tl.trans(_regions(length, BLOCK_R, BLOCK_M))
+        of_regions = tl.trans(_regions(over_length, BLOCK_R, BLOCK_M))
         columns = _blocks(key_regions, length, MASKED, BLOCK_M)
         mask_ptr += image * query_regions * columns * BLOCK_R
     power = scale * _LOG2_E
@@ -574,13 +629,17 @@ def _routing_bwd_key_kernel(
     grad_k = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     grad_v = tl.zeros([BLOCK_M, BLOCK_E], tl.float32)
     for block in range(0, _blocks(count, length, MASKED, BLOCK_N)):
-        near, n, seen = _slots(callers_ptr, block, count, length, DENSE, MASKED, TOPK, BLOCK_N)
-        y, x = _place(near, n, query_columns, region_height, region_width)
-        inside = _inside(y, x, seen, height, width, RAGGED)
-        q = _read(q_base, y, x, inside, q_stride_h, q_stride_w, UNIT, HEAD_DIM, BLOCK_D)
-        grad = _read(
-            grad_base, y, x, inside, grad_stride_h, grad_stride_w, UNIT, VALUE_DIM, BLOCK_E
+        near, n, seen = _slots(
+            callers_ptr, block, count, length, over_length, DENSE, MASKED, TOPK, BLOCK_N
         )
+        y, x = _place(
+            near, n, query_columns, over_query_columns, region_height, region_width, over_width
+        )
+        inside = _inside(y, x, seen, height, width, RAGGED)
+        rows = _rows(q_base, y, x, q_stride_h, q_stride_w, UNIT)
+        q = _read(rows, inside, HEAD_DIM, BLOCK_D)
+        rows = _rows(grad_base, y, x, grad_stride_h, grad_stride_w, UNIT)
+        grad = _read(rows, inside, VALUE_DIM, BLOCK_E)
         at = slot + near * length + n
         sums = tl.load(sums_ptr + at, mask=seen, other=0.0)
         delta = tl.load(delta_ptr + at, mask=seen, other=0.0)

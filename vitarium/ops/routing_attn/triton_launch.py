@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 
 _SPAN = 256  # tokens of a region that one program adds up
 _LEAST = 16  # rows of a product: a region of fewer tokens is as much work
-_SIDE = 64  # slots of a block
 _IMAGES = 65535  # that a grid holds
 _KEY = (
     *("HEADS", "HEAD_DIM", "VALUE_DIM", "UNIT", "DENSE", "MASKED", "RAGGED", "PADDED", "WHOLE"),
@@ -70,6 +69,13 @@ def _dense(cut: tuple[Axis, Axis], topk: int) -> bool:
     return topk == count or (length > 1 and length * count <= _LEAST * topk)
 
 
+def _side(dtype: torch.dtype, widest: int) -> int:
+    """Slots of a block: fewer where products take a thread's registers, not a tensor core."""
+    if dtype == torch.float32:
+        return 16 if widest > 32 else 32
+    return 64
+
+
 def _strides(**maps: Tensor) -> dict[str, int]:
     """Strides in the largest unit that divides all of them, up to 16 bytes; and the unit."""
     itemsize = next(iter(maps.values())).itemsize
@@ -79,6 +85,15 @@ def _strides(**maps: Tensor) -> dict[str, int]:
         strides = zip("bhwn", x.stride()[:4], strict=True)
         found |= {f"{name}_stride_{axis}": n // unit for axis, n in strides}
     return found
+
+
+def _over(divisor: int) -> int:
+    """What kernels divide by: a factor of 32 bits, and above it how far its product is shifted.
+
+    One more, for then it has more than 32 bits, and the same type whatever the divisor.
+    """
+    shift = (divisor - 1).bit_length()
+    return shift + 1 << 32 | -(-(1 << 31 + shift) // divisor)
 
 
 def _arguments(
@@ -92,7 +107,7 @@ def _arguments(
     dense = _dense(cut, topk)
     masked = dense and topk < keys
     length = rows.size * columns.size
-    side = _SIDE if dense else min(_SIDE, _triton.block(length))
+    side = _side(query.dtype, max(head_dim, value.shape[4]))
     return {
         "pad_ptr": query if pad is None else pad,
         "height": height,
@@ -103,6 +118,10 @@ def _arguments(
         "key_columns": columns.total,
         "query_regions": queries,
         "key_regions": keys,
+        "over_length": _over(length),
+        "over_width": _over(columns.size),
+        "over_query_columns": _over(columns.real),
+        "over_key_columns": _over(columns.total),
         "HEADS": heads,
         "HEAD_DIM": head_dim,
         "VALUE_DIM": value.shape[4],
@@ -115,8 +134,8 @@ def _arguments(
         "PRECISION": _triton.precision(query.dtype),
         "BLOCK_D": _triton.block(head_dim),
         "BLOCK_E": _triton.block(value.shape[4]),
-        "BLOCK_R": _triton.block(-(-_SIDE // length)) if masked else 16,
-        "BLOCK_M": side,
+        "BLOCK_R": _triton.block(-(-side // length)) if masked else 16,
+        "BLOCK_M": side if dense else min(side, _triton.block(length)),
     }
 
 
@@ -134,19 +153,41 @@ def _launch(kernel: Any, arguments: Mapping[str, Any]) -> None:
     batch, heads = len(arguments["q_ptr"]), arguments["HEADS"]
     count = arguments["key_regions"] if arguments["DENSE"] else arguments["TOPK"]
     slots = count * arguments["region_height"] * arguments["region_width"]
-    once = slots <= _SIDE
+    widest = max(arguments["HEAD_DIM"], arguments["VALUE_DIM"])
+    side = _side(arguments["q_ptr"].dtype, widest)
+    once = slots <= side
     if once:
-        configs = [
-            _triton.Config({"BLOCK_N": _triton.block(slots), "GROUP": math.gcd(heads, 4)}, 4, 2)
-        ]
+        n, group, warps = _triton.block(slots), math.gcd(heads, 4), _warps(arguments)
+        forms = [(n, group, warps, 2), (n, group, warps, 3), (n, 1, warps, 1), (n, 1, 4, 1)]
+        forms += [(n, math.gcd(heads, 2), warps, 2), (n, math.gcd(heads, 8), warps, 2)]
     else:
-        configs = [_triton.Config({"BLOCK_N": _SIDE, "GROUP": 1}, 4, 2)]
+        forms = [(n, 1, w, stages) for n, w, stages in _forms(arguments, side, widest > 64)]
+    configs = [
+        _triton.Config({"BLOCK_N": n, "GROUP": group}, w, stages)
+        for n, group, w, stages in dict.fromkeys(forms)
+    ]
     blocks = _blocks(arguments, "query_regions")
 
     def grid(meta: Mapping[str, Any]) -> tuple[int, int]:
         return blocks * heads // meta["GROUP"], batch
 
     _triton.launch(kernel, grid, {**arguments, "ONCE": once}, configs, _KEY)
+
+
+def _warps(arguments: Mapping[str, Any]) -> int:
+    """One for 16 rows, which is what a tensor core takes; without tensor cores as many as help."""
+    warps: int = arguments["BLOCK_M"] // 16
+    return 4 if arguments["q_ptr"].dtype == torch.float32 else warps
+
+
+def _forms(arguments: Mapping[str, Any], side: int, small: bool) -> list[tuple[int, int, int]]:
+    """Slots, warps and stages of loops over many blocks, which are better ``small`` or not."""
+    warps = _warps(arguments)
+    forms = [(side, warps, 2), (side, warps, 3), (side, 2 * warps, 2)]
+    if arguments["MASKED"]:  # blocks of keys are those of the masks
+        return forms
+    halves = [(max(16, side // 2), warps, stages) for stages in (2, 3)]
+    return halves + forms if small else forms + halves
 
 
 def _masks(chosen: Tensor, arguments: Mapping[str, Any]) -> Tensor:
@@ -186,6 +227,8 @@ def _choose(
         "region_width": columns.size,
         "key_columns": columns.total,
         "key_regions": count,
+        "over_width": _over(columns.size),
+        "over_key_columns": _over(columns.total),
         "parts": parts,
         "span": _SPAN,
         "HEADS": heads,
@@ -289,6 +332,8 @@ def _backward(
     places, begins = chosen, chosen
     if not arguments["DENSE"]:
         places, begins = _callers(chosen, arguments["key_regions"])
+    side = _side(query.dtype, max(head_dim, value.shape[4]))
+    forms = _forms(arguments, side, True)
     shares = sums.new_empty((batch * blocks, heads, 2, head_dim) if arguments["PADDED"] else 1)
     of_keys = {
         "callers_ptr": places,
@@ -301,7 +346,7 @@ def _backward(
         triton_kernels._routing_bwd_key_kernel,
         lambda _: (blocks * heads, batch),
         {**arguments, **of_keys},
-        [_triton.Config({"BLOCK_N": _SIDE}, 4, 2)],
+        [_triton.Config({"BLOCK_N": n}, *rest) for n, *rest in forms],
         _KEY[:-2] + _KEY[-1:],
     )
     if pad is not None:
