@@ -667,9 +667,12 @@ def test_which_implementation_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("window", window_attention):
         found = explain(name, **x, window_size=3)
         assert found.chosen == "aten"
-        assert found.reasons == {"reference": None, "aten": None}
+        assert list(found.reasons) == ["reference", "triton", "aten"]
+        assert found.reasons["reference"] is None
+        assert found.reasons["triton"]  # float64
+        assert found.reasons["aten"] is None
     with pytest.raises(ValueError, match="no such implementation"):
-        window_attention(**x, window_size=3, impl="triton")
+        window_attention(**x, window_size=3, impl="natten")
 
 
 # Bad input.

@@ -10,16 +10,15 @@ Exported programs, which shall run without vitarium, hold ordinary functions.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from vitarium.ops import _dispatch, _select
-from vitarium.ops.window_attn import traced, windows
+from vitarium.ops.window_attn import schema, traced, windows
 from vitarium.ops.window_attn.windows import Partition, Run
 
 if TYPE_CHECKING:
@@ -171,7 +170,7 @@ def _backward(
 
     It gathers and attends again, part by part. The gradient of what is None has no elements.
     """
-    found = _fake_backward(grad, query, key, value, bias, factor, pad)
+    found = schema.fake_backward(grad, query, key, value, bias, factor, pad)
     grad_bias, grad_factor, grad_pad = (x.zero_() for x in found[3:])
     if len(query) == 0:
         return found
@@ -241,63 +240,19 @@ def _through_norm(grad: Tensor, unit: Tensor, norm: Tensor) -> Tensor:
     return (grad - unit * along) / norm.clamp(min=_EPS)
 
 
-def _like(x: Tensor | None, query: Tensor) -> Tensor:
-    """Memory for the gradient of an optional tensor."""
-    return query.new_empty(0) if x is None else query.new_empty(x.shape, dtype=x.dtype)
-
-
-def _fake_forward(query: Tensor, *_: Any) -> Tensor:
-    return query.new_empty(query.shape)
-
-
-def _fake_backward(
-    grad: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    bias: Tensor | None,
-    factor: Tensor | None,
-    pad: Tensor | None,
-    *_: Any,
-) -> tuple[Tensor, ...]:
-    return tuple(_like(x, query) for x in (query, key, value, bias, factor, pad))
-
-
-def _product(query: Sequence[int], geometry: Sequence[Any]) -> int:
-    """FLOPs of real positions with their windows: queries of padding are free."""
-    (wh, ww), (sh, sw), _, semantics = geometry
-    window, _ = windows.clamped((query[1], query[2]), (wh, ww), (sh, sw), semantics)
-    return 2 * math.prod(query) * math.prod(window)
-
-
-def _flops(query: Sequence[int], *rest: Any, **_: Any) -> int:
-    """Scores and mixing."""
-    return 2 * _product(query, rest[5:])
-
-
-def _flops_backward(grad: Sequence[int], *rest: Any, **_: Any) -> int:
-    """As torch counts scaled_dot_product_attention: five products, the scores once more."""
-    return 5 * _product(grad, rest[6:])
-
-
-_ARGUMENTS = (
-    "Tensor query, Tensor key, Tensor value, Tensor? bias, Tensor? factor, Tensor? pad, "
-    "int[2] window_size, int[2] shift_size, float scale, str semantics"
-)
 _attention_backward = _dispatch.define(
     "window_attention_aten_backward",
-    f"(Tensor grad, {_ARGUMENTS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f"(Tensor grad, {schema.ARGUMENTS}) -> {schema.GRADIENTS}",
     _backward,
-    _fake_backward,
-    _flops_backward,
+    schema.fake_backward,
+    schema.flops_backward,
 )
-
 
 _attention = _dispatch.define(
     "window_attention_aten",
-    f"({_ARGUMENTS}) -> Tensor",
+    f"({schema.ARGUMENTS}) -> Tensor",
     _forward,
-    _fake_forward,
-    _flops,
+    schema.fake_forward,
+    schema.flops,
     *_dispatch.from_inputs(_attention_backward, 6),
 )

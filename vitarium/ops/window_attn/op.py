@@ -10,7 +10,7 @@ from timm.layers import register_notrace_function
 from torch import Tensor
 
 from vitarium.ops import _checks, _select
-from vitarium.ops.window_attn import aten, reference, windows
+from vitarium.ops.window_attn import aten, reference, triton_launch, windows
 
 Window = int | tuple[int | None, int | None]
 
@@ -123,6 +123,9 @@ _op = _select.register(
             "reference": _select.Implementation(
                 reference.run, reference.unsupported, _select.on_request
             ),
+            "triton": _select.Implementation(
+                triton_launch.run, triton_launch.unsupported, triton_launch.reserved
+            ),
             "aten": _select.Implementation(aten.run, aten.unsupported, _select.always),
         },
     )
@@ -176,7 +179,7 @@ def window_attention(
             map is padded, then rolled (their detectors). ``"authors_padded"``, for square
             windows: clamped as ``"authors"``, then as ``"dense"``: what ``"authors"`` is where
             windows divide the map, and works on every map.
-        impl: ``"reference"``, ``"aten"`` or ``"auto"``; None leaves the choice to
+        impl: ``"reference"``, ``"triton"``, ``"aten"`` or ``"auto"``; None leaves the choice to
             `vitarium.ops.use_impl`, the environment variable VITARIUM_OPS and ``auto``.
 
     Returns:
@@ -190,6 +193,10 @@ def window_attention(
     Implementations:
         ``reference``: any device, floating dtype and head_dim; computes in float64; gradients
         of everything; the definition of correct.
+        ``triton``: CUDA devices of compute capability 8.0 or later; float16, bfloat16, float32;
+        head_dim up to 128; gradients of everything, bias, logit_scale and pad included;
+        deterministic; one op to torch.compile. Reads and writes every map once where windows
+        have up to 64 positions.
         ``aten``: any device, floating dtype and head_dim; gradients of everything, bias,
         logit_scale and pad included; deterministic; one op to torch.compile, ordinary functions
         to torch.export.
