@@ -44,7 +44,7 @@ def call(
 
 
 CALLS: dict[str, Callable[[torch.dtype, torch.device, bool], Call]] = {
-    "nat stage 1": partial(call, size=(56, 56), small=(9, 10), heads=2),
+    "nat stage 1": partial(call, size=(56, 56), small=(14, 9), heads=2),
     "nat stage 3": partial(call, size=(14, 14), small=(8, 8), heads=8, batch=32),
     "nat stage 4": partial(call, size=(7, 7), small=(7, 7), heads=16, batch=32),
     "dinat stage 1": partial(call, size=(56, 56), small=(14, 14), heads=2, dilation=(8, 8)),

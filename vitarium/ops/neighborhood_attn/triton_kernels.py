@@ -20,6 +20,7 @@ Args that kernels share:
 import triton
 import triton.language as tl
 
+_LOG2_E = tl.constexpr(1.4426950408889634)
 _MASKED = tl.constexpr(-1e30)  # finite: differences of masked scores are no NaN
 _SIZES = ["heads", "height", "width", "key_height", "key_width"]
 _STRIDES = [f"{x}_{axis}" for x in "qkvg" for axis in ("batch", "row", "column", "head")]
@@ -62,8 +63,9 @@ def _inside(key, start, KERNEL: tl.constexpr):
 
 @triton.jit
 def _entry(key, query, start, KERNEL: tl.constexpr):
-    """Where on an axis of the table a key stands to a query."""
-    return tl.where(_inside(key, start, KERNEL), key - query + KERNEL - 1, 2 * KERNEL - 1)
+    """Where on an axis of the table a key stands to a query; anywhere if there is no query."""
+    entry = tl.maximum(key - query + KERNEL - 1, 0)
+    return tl.where(_inside(key, start, KERNEL), entry, 2 * KERNEL - 1)
 
 
 @triton.jit
@@ -99,6 +101,25 @@ def _column_term(key, query, start, KERNEL_W: tl.constexpr, BIASED: tl.constexpr
         term = _entry(key, query, start, KERNEL_W)
     else:
         term = tl.where(_inside(key, start, KERNEL_W), 0.0, _MASKED)
+    return term
+
+
+@triton.jit
+def _term(
+    bias, kr, kc, qr, qc, start_r, start_c,
+    KERNEL_H: tl.constexpr, KERNEL_W: tl.constexpr, BIASED: tl.constexpr,
+):  # fmt: skip
+    """What is added to the scores of a chunk; ``bias`` is a head's, as it was given."""
+    kr, kc, qr, qc = kr[None, :], kc[None, :], qr[:, None], qc[:, None]
+    start_r, start_c = start_r[:, None], start_c[:, None]
+    inside = _inside(kr, start_r, KERNEL_H) & _inside(kc, start_c, KERNEL_W)
+    if BIASED:
+        row = _entry(kr, qr, start_r, KERNEL_H) * (2 * KERNEL_W - 1)
+        column = _entry(kc, qc, start_c, KERNEL_W)
+        term = tl.load(bias + row + column, mask=inside, other=0.0).to(tl.float32) * _LOG2_E
+        term = tl.where(inside, term, _MASKED)
+    else:
+        term = tl.where(inside, 0.0, _MASKED)
     return term
 
 
@@ -171,13 +192,101 @@ def _neighborhood_fwd_kernel(
             v = tl.load(v_at + row_y * v_row, mask=mask, other=0.0)
             acc = acc * shrink[:, None]
             acc = tl.dot(weights.to(v.dtype), v, acc, input_precision=PRECISION)
-    acc = acc / total[:, None]
+    acc = acc * (1 / total)[:, None]
     position = (image * height + y) * width + x
     at = out + ((position * heads + head) * HEAD_DIM)[:, None] + d[None, :]
     tl.store(at, acc.to(out.dtype.element_ty), mask=_on_map(real, d, HEAD_DIM, BLOCK_D))
     if KEEP:
         at = ((image * heads + head) * height + y) * width + x
         tl.store(lse + at, top + tl.log2(total), mask=real)
+
+
+@triton.jit(do_not_specialize=["batch", *_SIZES, *_Q, *_K, *_V])
+def _neighborhood_fwd_images_kernel(
+    query, key, value, bias, out, lse,
+    batch, heads, height, width, key_height, key_width,
+    q_batch, q_row, q_column, q_head,
+    k_batch, k_row, k_column, k_head,
+    v_batch, v_row, v_column, v_head,
+    dilation_h, dilation_w, scale,
+    KERNEL_H: tl.constexpr, KERNEL_W: tl.constexpr, HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr, UNIT: tl.constexpr, BIASED: tl.constexpr, KEEP: tl.constexpr,
+    PRECISION: tl.constexpr, LONGEST: tl.constexpr, TILE_H: tl.constexpr, TILE_W: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """The same tile of several images: what is added to scores stays in registers.
+
+    LONGEST is the number of rows of the longest class, or more than a halo has.
+    """
+    head, column_tile = tl.program_id(0) % heads, tl.program_id(0) // heads
+    row_tile = tl.program_id(1)
+    residue_h, residue_w = row_tile % dilation_h, column_tile % dilation_w
+    first_r, first_c = row_tile // dilation_h * TILE_H, column_tile // dilation_w * TILE_W
+    queries_h = (height - residue_h + dilation_h - 1) // dilation_h
+    queries_w = (width - residue_w + dilation_w - 1) // dilation_w
+    members_h = (key_height - residue_h + dilation_h - 1) // dilation_h
+    members_w = (key_width - residue_w + dilation_w - 1) // dilation_w
+    begin_r, end_r = _halo(first_r, queries_h, members_h, TILE_H, KERNEL_H)
+    begin_c, end_c = _halo(first_c, queries_w, members_w, TILE_W, KERNEL_W)
+    CHUNKS: tl.constexpr = (min(TILE_H + KERNEL_H - 1, LONGEST) + ROWS - 1) // ROWS
+    tl.static_assert(COLUMNS >= TILE_W + KERNEL_W - 1)
+
+    m = tl.arange(0, TILE_H * TILE_W)
+    n = tl.arange(0, ROWS * COLUMNS)
+    d = tl.arange(0, BLOCK_D)
+    qr, qc = first_r + m // TILE_W, first_c + m % TILE_W
+    start_r, start_c = _start(qr, members_h, KERNEL_H), _start(qc, members_w, KERNEL_W)
+    real = (qr < queries_h) & (qc < queries_w)
+    mask_q = _on_map(real, d, HEAD_DIM, BLOCK_D)
+    y = (qr * dilation_h + residue_h).to(tl.int64)
+    x = (qc * dilation_w + residue_w).to(tl.int64)
+    q_at = query + head * q_head * UNIT + ((y * q_row + x * q_column) * UNIT)[:, None] + d[None, :]
+    kr, kc = begin_r + n // COLUMNS, begin_c + n % COLUMNS
+    near_y = (kr * dilation_h + residue_h).to(tl.int64)
+    near_x = (kc * dilation_w + residue_w).to(tl.int64)
+    k_at = ((near_y * k_row + near_x * k_column) * UNIT)[:, None] + d[None, :]
+    v_at = ((near_y * v_row + near_x * v_column) * UNIT)[:, None] + d[None, :]
+    key += head * k_head * UNIT
+    value += head * v_head * UNIT
+    k_step, v_step = k_row.to(tl.int64), v_row.to(tl.int64)
+
+    if BIASED:
+        bias += head * ((2 * KERNEL_H - 1) * (2 * KERNEL_W - 1))
+    terms = ()
+    for i in tl.static_range(CHUNKS):
+        term = _term(
+            bias, kr + i * ROWS, kc, qr, qc, start_r, start_c, KERNEL_H, KERNEL_W, BIASED
+        )  # fmt: skip
+        terms += (term,)
+
+    for image in range(tl.program_id(2), batch, tl.num_programs(2)):
+        of = tl.cast(image, tl.int64)
+        q = tl.load(q_at + of * q_batch * UNIT, mask=mask_q, other=0.0)
+        top = tl.full([TILE_H * TILE_W], _MASKED, tl.float32)
+        total = tl.zeros([TILE_H * TILE_W], tl.float32)
+        acc = tl.zeros([TILE_H * TILE_W, BLOCK_D], tl.float32)
+        for i in tl.static_range(CHUNKS):
+            mask = _on_map((kr + i * ROWS < end_r) & (kc < end_c), d, HEAD_DIM, BLOCK_D)
+            down = i * ROWS * dilation_h
+            at = key + (of * k_batch + down * k_step) * UNIT + k_at
+            k = tl.load(at, mask=mask, other=0.0)
+            at = value + (of * v_batch + down * v_step) * UNIT + v_at
+            v = tl.load(at, mask=mask, other=0.0)
+            s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale + terms[i]
+            higher = tl.maximum(top, tl.max(s, 1))
+            shrink = tl.exp2(top - higher)
+            weights = tl.exp2(s - higher[:, None])
+            top = higher
+            total = total * shrink + tl.sum(weights, 1)
+            acc = acc * shrink[:, None]
+            acc = tl.dot(weights.to(v.dtype), v, acc, input_precision=PRECISION)
+        acc = acc * (1 / total)[:, None]
+        position = (of * height + y) * width + x
+        at = out + ((position * heads + head) * HEAD_DIM)[:, None] + d[None, :]
+        tl.store(at, acc.to(out.dtype.element_ty), mask=mask_q)
+        if KEEP:
+            at = ((of * heads + head) * height + y) * width + x
+            tl.store(lse + at, top + tl.log2(total), mask=real)
 
 
 @triton.jit(do_not_specialize=[*_SIZES, *_STRIDES])

@@ -122,9 +122,63 @@ def _tiles(length: int, dilation: int, tile: int) -> int:
     return dilation * ((length + dilation * tile - 1) // (dilation * tile))
 
 
-def _configs(kernel_size: Sequence[int]) -> list[_triton.Config]:
-    blocks = {"TILE_H": 8, "TILE_W": 8, "ROWS": 2, "COLUMNS": 16}
-    return [_triton.Config(blocks, 4, 2)]
+def _config(
+    tile_h: int, tile_w: int, rows: int, columns: int, num_warps: int, num_stages: int
+) -> _triton.Config:
+    blocks = {"TILE_H": tile_h, "TILE_W": tile_w, "ROWS": rows, "COLUMNS": columns}
+    return _triton.Config(blocks, num_warps, num_stages)
+
+
+def _configs(query: Tensor, kernel_size: Sequence[int]) -> list[_triton.Config]:
+    """A chunk is as wide as the halo where that takes few columns."""
+    if query.dtype.itemsize == 4:  # products are sums of the shader cores, in registers
+        return _NARROW_EXACT_CONFIGS if kernel_size[1] <= 9 else _WIDE_EXACT_CONFIGS
+    if kernel_size[1] <= 9:
+        return _NARROW_CONFIGS
+    return _WIDE_CONFIGS if kernel_size[1] <= 13 else _WIDEST_CONFIGS
+
+
+_NARROW_CONFIGS = [
+    _config(8, 8, 2, 16, 4, 2),
+    _config(8, 8, 2, 16, 4, 1),
+    _config(8, 8, 4, 16, 4, 2),
+    _config(4, 8, 2, 16, 2, 2),
+    _config(4, 8, 2, 16, 4, 1),
+    _config(4, 8, 4, 16, 4, 2),
+]
+_WIDE_CONFIGS = [
+    _config(16, 4, 2, 16, 4, 2),
+    _config(16, 4, 4, 16, 4, 2),
+    _config(8, 4, 2, 16, 2, 2),
+    _config(8, 4, 4, 16, 4, 2),
+]
+_NARROW_EXACT_CONFIGS = [_config(4, 8, 1, 16, 4, 1), _config(4, 8, 2, 16, 4, 1)]
+_WIDE_EXACT_CONFIGS = [_config(8, 4, 1, 16, 4, 1), _config(4, 8, 1, 32, 4, 1)]
+_WIDEST_CONFIGS = [_config(8, 8, 1, 32, 4, 2), _config(8, 8, 2, 32, 4, 2)]
+_BIAS_CONFIGS = {2: _config(8, 8, 4, 16, 4, 1), 4: _config(4, 8, 2, 16, 4, 1)}  # by itemsize
+_IMAGE_CONFIGS = [
+    _config(8, 8, 2, 16, 4, 2),
+    _config(4, 8, 2, 16, 2, 2),
+    _config(8, 8, 2, 16, 4, 3),
+    _config(4, 8, 2, 16, 2, 3),
+]
+
+
+def _resident(query: Tensor, kernel_size: Sequence[int]) -> bool:
+    """Whether the biases of a tile fit in registers."""
+    return query.dtype.itemsize == 2 and max(kernel_size) <= 7
+
+
+def _grid_of_images(query: Tensor) -> Callable[[Mapping[str, Any]], tuple[int, ...]]:
+    """Programs for all tiles; each takes several images where there is enough to do."""
+    programs = 16 * _triton.processors(query.device)
+
+    def grid(x: Mapping[str, Any]) -> tuple[int, ...]:
+        columns, rows, _ = _grid(1)(x)
+        parts = (programs + columns * rows - 1) // (columns * rows)
+        return columns, rows, min(parts, len(query), _GRID)
+
+    return grid
 
 
 def _forward(
@@ -139,21 +193,23 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     out, lse = _fake_forward(query, key, value, bias, kernel_size, dilation, scale, keep)
     query, key, value = (_triton.readable(x) for x in (query, key, value))
-    unit, table = _unit(query, key, value), _table(bias)
+    unit = _unit(query, key, value)
+    shared = _call(query, key, bias, kernel_size, dilation, unit)
+    shared |= _strides(unit, q=query, k=key, v=value) | {"KEEP": keep}
+    if len(query) and _resident(query, kernel_size):
+        arguments: dict[str, Any] = {"query": query, "key": key, "value": value, "bias": bias}
+        arguments |= {"out": out, "lse": lse, "batch": len(query)} | shared
+        arguments["LONGEST"] = min(-(-key.shape[1] // dilation[0]), kernel_size[0] + 7)
+        arguments["scale"] = scale * _LOG2_E
+        _launch("fwd_images", _grid_of_images(query), arguments, _IMAGE_CONFIGS)
+        return out, lse
+    table = _table(bias)
     for first in range(0, len(query), _GRID):
         part = slice(first, first + _GRID)
         q, k, v, o, e = (x[part] for x in (query, key, value, out, lse))
-        arguments: dict[str, Any] = {
-            "query": q,
-            "key": k,
-            "value": v,
-            "table": table,
-            "out": o,
-            "lse": e,
-        }
-        arguments |= _call(q, k, bias, kernel_size, dilation, unit)
-        arguments |= _strides(unit, q=q, k=k, v=v) | {"scale": scale * _LOG2_E, "KEEP": keep}
-        _launch("fwd", _grid(len(q)), arguments, _configs(kernel_size))
+        arguments = {"query": q, "key": k, "value": v, "table": table, "out": o, "lse": e}
+        arguments |= shared | {"scale": scale * _LOG2_E}
+        _launch("fwd", _grid(len(q)), arguments, _configs(query, kernel_size))
     return out, lse
 
 
@@ -186,7 +242,7 @@ def _backward(
         shared |= {"lse": e, "delta": x} | _call(q, k, bias, kernel_size, dilation, unit)
         shared |= _strides(unit, q=q, k=k, v=v, g=g)
         shared |= {"scale": scale * _LOG2_E, "factor": scale}
-        configs = _configs(kernel_size)
+        configs = _configs(query, kernel_size)
         to = {"out": out[part], "grad_query": grads[0][part]}
         _launch("bwd_query", _grid(len(q)), shared | to, configs)
         to = {"grad_key": grads[1][part], "grad_value": grads[2][part]}
@@ -204,7 +260,9 @@ def _bias_gradient(arguments: dict[str, Any]) -> Tensor:
     query, dilation = arguments["query"], (arguments["dilation_h"], arguments["dilation_w"])
     batch, height, width, heads, _ = query.shape
     kernel = (arguments["KERNEL_H"], arguments["KERNEL_W"])
-    tile, block = (8, 8), (4 if query.dtype.itemsize == 2 else 2, 16)
+    config = _BIAS_CONFIGS[query.dtype.itemsize]
+    tile = (config.blocks["TILE_H"], config.blocks["TILE_W"])
+    block = (config.blocks["ROWS"], config.blocks["COLUMNS"])
     before = [-(-(k // 2) // n) for k, n in zip(kernel, block, strict=True)]
     halo = [max(t + k - 1, k // 2 + k) for k, t in zip(kernel, tile, strict=True)]
     chunks = [b + -(-n // c) for b, n, c in zip(before, halo, block, strict=True)]
@@ -216,12 +274,11 @@ def _bias_gradient(arguments: dict[str, Any]) -> Tensor:
     partial = query.new_empty(split, heads, *size, math.prod(tile), dtype=torch.float32)
     arguments |= {"batch": batch, "split": split, "partial": partial}
     arguments |= {"CHUNKS_H": chunks[0], "CHUNKS_W": chunks[1]}
-    blocks = {"TILE_H": tile[0], "TILE_W": tile[1], "ROWS": block[0], "COLUMNS": block[1]}
 
     def grid(_: Mapping[str, Any]) -> tuple[int, ...]:
         return math.prod(chunks), heads, split
 
-    _launch("bwd_bias", grid, arguments, [_triton.Config(blocks, 4, 1)])
+    _launch("bwd_bias", grid, arguments, [config])
     # a key at p and a query at i of a tile stand p - i + const apart: sum along diagonals
     first = [b * n - k // 2 for b, n, k in zip(before, block, kernel, strict=True)]
     need = [f + 2 * k - 1 + t - 1 for f, k, t in zip(first, kernel, tile, strict=True)]
