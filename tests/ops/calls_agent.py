@@ -30,7 +30,7 @@ def _make(
     ``tiny`` leaves one image of a small map, whose rows of biases are aligned like the large one's.
     """
     if tiny:
-        batch, size = 1, (2 * agents, 7 if math.prod(size) % 16 else 8)
+        batch, size = 1, (2 * agents, 14 if math.prod(size) % 16 else 8)
     generator = torch.Generator(device).manual_seed(0)
 
     def normal(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -34,7 +34,8 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def large_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fewer programs, for the interpreter's sake."""
-    monkeypatch.setattr(triton_launch, "_EXACT", [_triton.Config({"BLOCK_T": 128})])
+    for name in ("_FEW_EXACT", "_MANY"):
+        monkeypatch.setattr(triton_launch, name, [_triton.Config({"BLOCK_T": 128})])
 
 
 def copied(leaves: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
@@ -141,10 +142,11 @@ def test_parts_of_tokens_and_groups_of_images(monkeypatch: pytest.MonkeyPatch) -
     leaves, agent_size = inputs((10, 19), (1, 3), 2, torch.float32, batch=5, heads=1), (1, 3)
     whole = computed(leaves, agent_size)
     monkeypatch.setattr(_triton, "processors", lambda _: 1)
-    monkeypatch.setattr(triton_launch, "_PART", 64)
+    monkeypatch.setattr(triton_launch, "_PART", 64)  # 128 in fact: eight times a block of agents
     for programs, divided in ((1, (1, 1)), (4, (1, 2)), (8, (2, 3)), (100, (2, 5))):
-        monkeypatch.setattr(triton_launch, "_PROGRAMS", programs)
-        x = triton_launch._Sizes(leaves["query"], leaves["prefix0"], agent_size, 1.0)
+        for name in ("_PROGRAMS", "_PROGRAMS_BACKWARD"):
+            monkeypatch.setattr(triton_launch, name, programs)
+        x = triton_launch._Sizes(leaves["query"], leaves["prefix0"], agent_size, 1.0, False)
         assert (x.parts, x.groups) == divided
         for name, found in computed(leaves, agent_size).items():
             torch.testing.assert_close(found, whole[name], msg=name)

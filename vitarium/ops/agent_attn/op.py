@@ -122,7 +122,7 @@ def agent_attention(
         prefix: query, key and value ``[B, P, heads, head_dim]`` of class tokens, which stand
             before the map. They are keys and queries like its positions; no agent is pooled
             from them.
-        impl: ``"reference"``, ``"aten"`` or ``"auto"``; None leaves the choice to
+        impl: ``"reference"``, ``"triton"``, ``"aten"`` or ``"auto"``; None leaves the choice to
             `vitarium.ops.use_impl`, the environment variable VITARIUM_OPS and ``auto``.
 
     Returns:
@@ -136,6 +136,11 @@ def agent_attention(
     Implementations:
         ``reference``: any device, floating dtype and head_dim; computes in float64; gradients
         of everything; the definition of correct.
+        ``triton``: CUDA devices of compute capability 8.0 on; float16, bfloat16 and float32;
+        head_dim up to 128; up to 256 agents, which shared memory must hold: in half precision up
+        to 256 of head_dim 64, in float32 up to 64; sums in float32, weights in the maps' dtype;
+        gradients of everything, biases included; deterministic; one op to torch.compile and
+        torch.export. ``auto`` takes it wherever it runs, but not while exporting.
         ``aten``: any device, floating dtype and head_dim; gradients of everything, biases
         included; deterministic; one op to torch.compile, ordinary functions to torch.export.
 

@@ -20,6 +20,7 @@ import triton
 import triton.language as tl
 
 _LOG2E = tl.constexpr(1.4426950408889634)
+_STEP = tl.constexpr(128)  # tokens; programs that run through an image start at its multiples
 _LOWEST = tl.constexpr(-1e30)  # in the place of -inf where one would be subtracted from another
 
 
@@ -41,11 +42,27 @@ def _inside(index, count, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
 
 
 @triton.jit
-def _load(x, strides, image, head, token, tokens, width, HEAD_DIM, BLOCK_D, UNIT):
+def _load(
+    x,
+    strides,
+    image,
+    head,
+    token,
+    tokens,
+    width,
+    HEAD_DIM,
+    BLOCK_D: tl.constexpr,
+    FLAT: tl.constexpr,
+    UNIT,
+):
     """[token, BLOCK_D] of a map, zero where there is nothing."""
-    row, column = (token // width).to(tl.int64), (token % width).to(tl.int64)
-    offset = image * strides[0] + head * strides[3] + row * strides[1] + column * strides[2]
-    at = x + (offset * UNIT)[:, None] + tl.arange(0, BLOCK_D)[None, :]
+    if FLAT:
+        offset = token.to(tl.int64) * strides[2]
+    else:
+        row, column = (token // width).to(tl.int64), (token % width).to(tl.int64)
+        offset = row * strides[1] + column * strides[2]
+    start = x + (image * strides[0] + head * strides[3]) * UNIT
+    at = start + (offset * UNIT)[:, None] + tl.arange(0, BLOCK_D)[None, :]
     return tl.load(at, mask=_inside(token, tokens, HEAD_DIM, BLOCK_D), other=0.0)
 
 
@@ -84,15 +101,20 @@ def _store_levels(lse, level, image, n, head, heads, AGENTS):
 
 
 @triton.jit
-def _bias(x, strides, head, token, tokens, AGENTS: tl.constexpr, BLOCK_N: tl.constexpr):
-    """[tokens, agents] in the softmax's base 2, or [1, agents] without one; -inf: not there."""
+def _bias(x, strides, head, token, tokens, AGENTS, BLOCK_N: tl.constexpr, ALIGNED):
+    """[tokens, agents] for the softmax, whose base is 2; -inf where there is no such agent.
+
+    What is not there is read as zero: that costs nothing, other values a selection for each.
+    """
     n = tl.arange(0, BLOCK_N)
+    closed = tl.where(n < AGENTS, 0.0, float("-inf"))[None, :]
     if x is None:
-        return tl.where(n < AGENTS, 0.0, float("-inf"))[None, :]
+        return closed
     else:
-        at = x + head * strides[0] + n.to(tl.int64)[None, :] * strides[1] + token[:, None]
+        row = (head * strides[0] + n.to(tl.int64) * strides[1]) * ALIGNED
         mask = (token < tokens)[:, None] & (n < AGENTS)[None, :]
-        return tl.load(at, mask=mask, other=float("-inf")).to(tl.float32) * _LOG2E
+        bias = tl.load(x + row[None, :] + token[:, None], mask=mask, other=0.0)
+        return bias.to(tl.float32) * _LOG2E + closed
 
 
 @triton.jit
@@ -203,32 +225,38 @@ def _agent_fwd_gather_kernel(
     scale,
     AGENTS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
+    FLAT: tl.constexpr,
     UNIT: tl.constexpr,
+    ALIGNED: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
     """Agents attend to a part of the tokens: gathered [parts, B, n, heads, d], lse [parts, ...]."""
+    tokens *= ALIGNED
     head, part, image = _program(heads, parts)
     n = tl.arange(0, BLOCK_N)
     a = _load_agents(agents, image, head, heads, AGENTS, HEAD_DIM, BLOCK_N, BLOCK_D)
     top = tl.full([BLOCK_N], _LOWEST, tl.float32)
     total = tl.zeros([BLOCK_N], tl.float32)
     mixed = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-    for start in range(part * span, tl.minimum((part + 1) * span, tokens), BLOCK_T):
+    for start in range(part * span * _STEP, tl.minimum((part + 1) * span * _STEP, tokens), BLOCK_T):
         token = start + tl.arange(0, BLOCK_T)
         there = token < tokens
-        k = _load(key, key_strides, image, head, token, tokens, width, HEAD_DIM, BLOCK_D, UNIT)
-        v = _load(value, value_strides, image, head, token, tokens, width, HEAD_DIM, BLOCK_D, UNIT)
+        k = _load(
+            key, key_strides, image, head, token, tokens, width, HEAD_DIM, BLOCK_D, FLAT, UNIT
+        )
+        v = _load(
+            value, value_strides, image, head, token, tokens, width, HEAD_DIM, BLOCK_D, FLAT, UNIT
+        )
         scores = tl.dot(a, tl.trans(k), input_precision=PRECISION) * (scale * _LOG2E)
-        if bias is None:
-            scores += tl.where(there, 0.0, float("-inf"))[None, :]
-        else:
-            at = bias + head * bias_strides[0] + n.to(tl.int64)[:, None] * bias_strides[1]
+        if bias is not None:
+            row = (head * bias_strides[0] + n.to(tl.int64) * bias_strides[1]) * ALIGNED
             mask = (n < AGENTS)[:, None] & there[None, :]
-            b = tl.load(at + token[None, :], mask=mask, other=float("-inf"))
+            b = tl.load(bias + row[:, None] + token[None, :], mask=mask, other=0.0)
             scores += b.to(tl.float32) * _LOG2E
+        scores += tl.where(there, 0.0, float("-inf"))[None, :]
         highest = tl.maximum(top, tl.max(scores, 1))
         weights = tl.exp2(scores - highest[:, None])
         shrink = tl.exp2(top - highest)
@@ -291,18 +319,23 @@ def _agent_fwd_read_kernel(
     scale,
     AGENTS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
+    FLAT: tl.constexpr,
     UNIT: tl.constexpr,
+    ALIGNED: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
     """A block of tokens attends to the agents, in one image of a group after the other."""
+    tokens *= ALIGNED
     head, block, group = _program(heads, tl.cdiv(tokens, BLOCK_T))
     token = block * BLOCK_T + tl.arange(0, BLOCK_T)
-    b = _bias(bias, bias_strides, head, token, tokens, AGENTS, BLOCK_N)
+    b = _bias(bias, bias_strides, head, token, tokens, AGENTS, BLOCK_N, ALIGNED)
     for image in range(group * span, tl.minimum((group + 1) * span, images)):
-        q = _load(query, query_strides, image, head, token, tokens, width, HEAD_DIM, BLOCK_D, UNIT)
+        q = _load(
+            query, query_strides, image, head, token, tokens, width, HEAD_DIM, BLOCK_D, FLAT, UNIT
+        )
         a = _load_agents(agents, image, head, heads, AGENTS, HEAD_DIM, BLOCK_N, BLOCK_D)
         u = _load_agents(gathered, image, head, heads, AGENTS, HEAD_DIM, BLOCK_N, BLOCK_D)
         scores = tl.dot(q, tl.trans(a), input_precision=PRECISION) * (scale * _LOG2E) + b
@@ -332,7 +365,9 @@ def _agent_bwd_read_kernel(
     scale,
     AGENTS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
+    FLAT: tl.constexpr,
     UNIT: tl.constexpr,
+    ALIGNED: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -342,17 +377,22 @@ def _agent_bwd_read_kernel(
 
     Both [parts, B, n, heads, d]; that of the agents is still to be scaled.
     """
+    tokens *= ALIGNED
     head, part, image = _program(heads, parts)
     n = tl.arange(0, BLOCK_N)
     a = _load_agents(agents, image, head, heads, AGENTS, HEAD_DIM, BLOCK_N, BLOCK_D)
     u = _load_agents(gathered, image, head, heads, AGENTS, HEAD_DIM, BLOCK_N, BLOCK_D)
     grad_a = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     grad_u = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-    for start in range(part * span, tl.minimum((part + 1) * span, tokens), BLOCK_T):
+    for start in range(part * span * _STEP, tl.minimum((part + 1) * span * _STEP, tokens), BLOCK_T):
         token = start + tl.arange(0, BLOCK_T)
-        q = _load(query, query_strides, image, head, token, tokens, width, HEAD_DIM, BLOCK_D, UNIT)
-        g = _load(grad, grad_strides, image, head, token, tokens, tokens, HEAD_DIM, BLOCK_D, UNIT)
-        b = _bias(bias, bias_strides, head, token, tokens, AGENTS, BLOCK_N)
+        q = _load(
+            query, query_strides, image, head, token, tokens, width, HEAD_DIM, BLOCK_D, FLAT, UNIT
+        )
+        g = _load(
+            grad, grad_strides, image, head, token, tokens, tokens, HEAD_DIM, BLOCK_D, FLAT, UNIT
+        )
+        b = _bias(bias, bias_strides, head, token, tokens, AGENTS, BLOCK_N, ALIGNED)
         weights, grads = _reading(q, g, a, u, b, scale, PRECISION)
         grad_u = tl.dot(tl.trans(weights.to(g.dtype)), g, grad_u, input_precision=PRECISION)
         grad_a = tl.dot(tl.trans(grads.to(q.dtype)), q, grad_a, input_precision=PRECISION)
@@ -385,13 +425,16 @@ def _agent_bwd_gather_kernel(
     scale,
     AGENTS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
+    FLAT: tl.constexpr,
     UNIT: tl.constexpr,
+    ALIGNED: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
     """Gradients of keys and values, and what a part of them wants of the agents, unscaled."""
+    tokens *= ALIGNED
     head, part, image = _program(heads, parts)
     n = tl.arange(0, BLOCK_N)
     a = _load_agents(agents, image, head, heads, AGENTS, HEAD_DIM, BLOCK_N, BLOCK_D)
@@ -401,11 +444,16 @@ def _agent_bwd_gather_kernel(
     grad_u = grad_u.to(u.dtype)
     level = _load_levels(lse, image, n, head, heads, AGENTS)
     grad_a = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-    for start in range(part * span, tl.minimum((part + 1) * span, tokens), BLOCK_T):
+    for start in range(part * span * _STEP, tl.minimum((part + 1) * span * _STEP, tokens), BLOCK_T):
         token = start + tl.arange(0, BLOCK_T)
-        k = _load(key, key_strides, image, head, token, tokens, width, HEAD_DIM, BLOCK_D, UNIT)
-        v = _load(value, value_strides, image, head, token, tokens, width, HEAD_DIM, BLOCK_D, UNIT)
-        b = _bias(bias, bias_strides, head, token, tokens, AGENTS, BLOCK_N)
+        k = _load(
+            key, key_strides, image, head, token, tokens, width, HEAD_DIM, BLOCK_D, FLAT, UNIT
+        )
+        v = _load(
+            value, value_strides, image, head, token, tokens, width, HEAD_DIM, BLOCK_D, FLAT, UNIT
+        )
+        b = _bias(bias, bias_strides, head, token, tokens, AGENTS, BLOCK_N, ALIGNED)
+        b += tl.where(token < tokens, 0.0, float("-inf"))[:, None]
         weights, grads = _gathering(k, v, a, grad_u, level, delta, b, scale, PRECISION)
         grads = grads.to(k.dtype)
         grad_a = tl.dot(tl.trans(grads), k, grad_a, input_precision=PRECISION)
@@ -451,7 +499,9 @@ def _agent_bwd_query_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
+    FLAT: tl.constexpr,
     UNIT: tl.constexpr,
+    ALIGNED: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -462,6 +512,7 @@ def _agent_bwd_query_kernel(
     The map's ``height`` and ``width`` say to which means a token belongs: the last
     height * width tokens are positions. ``wide`` is the width as which queries are addressed.
     """
+    tokens *= ALIGNED
     AGENTS: tl.constexpr = ROWS * COLUMNS
     head, block, group = _program(heads, tl.cdiv(tokens, BLOCK_T))
     token = block * BLOCK_T + tl.arange(0, BLOCK_T)
@@ -475,11 +526,15 @@ def _agent_bwd_query_kernel(
     member = member & (position >= 0)[:, None]
     member = tl.where(member, 1.0, 0.0).to(query.dtype.element_ty)
     share = scale / ((bottom - top) * (right - left)).to(tl.float32)
-    b = _bias(bias, bias_strides, head, token, tokens, AGENTS, BLOCK_N)
+    b = _bias(bias, bias_strides, head, token, tokens, AGENTS, BLOCK_N, ALIGNED)
     total = tl.zeros([BLOCK_T, BLOCK_N], tl.float32)
     for image in range(group * span, tl.minimum((group + 1) * span, images)):
-        q = _load(query, query_strides, image, head, token, tokens, wide, HEAD_DIM, BLOCK_D, UNIT)
-        g = _load(grad, grad_strides, image, head, token, tokens, tokens, HEAD_DIM, BLOCK_D, UNIT)
+        q = _load(
+            query, query_strides, image, head, token, tokens, wide, HEAD_DIM, BLOCK_D, FLAT, UNIT
+        )
+        g = _load(
+            grad, grad_strides, image, head, token, tokens, tokens, HEAD_DIM, BLOCK_D, FLAT, UNIT
+        )
         a = _load_agents(agents, image, head, heads, AGENTS, HEAD_DIM, BLOCK_N, BLOCK_D)
         u = _load_agents(gathered, image, head, heads, AGENTS, HEAD_DIM, BLOCK_N, BLOCK_D)
         mean = (
@@ -517,21 +572,28 @@ def _agent_bwd_bias_kernel(
     scale,
     AGENTS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
+    FLAT: tl.constexpr,
     UNIT: tl.constexpr,
+    ALIGNED: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
     """Gradient of the agents' bias for a block of tokens, summed over a group of images."""
+    tokens *= ALIGNED
     head, block, group = _program(heads, tl.cdiv(tokens, BLOCK_T))
     token = block * BLOCK_T + tl.arange(0, BLOCK_T)
     n = tl.arange(0, BLOCK_N)
-    b = _bias(bias, bias_strides, head, token, tokens, AGENTS, BLOCK_N)
+    b = _bias(bias, bias_strides, head, token, tokens, AGENTS, BLOCK_N, ALIGNED)
     total = tl.zeros([BLOCK_T, BLOCK_N], tl.float32)
     for image in range(group * span, tl.minimum((group + 1) * span, images)):
-        k = _load(key, key_strides, image, head, token, tokens, width, HEAD_DIM, BLOCK_D, UNIT)
-        v = _load(value, value_strides, image, head, token, tokens, width, HEAD_DIM, BLOCK_D, UNIT)
+        k = _load(
+            key, key_strides, image, head, token, tokens, width, HEAD_DIM, BLOCK_D, FLAT, UNIT
+        )
+        v = _load(
+            value, value_strides, image, head, token, tokens, width, HEAD_DIM, BLOCK_D, FLAT, UNIT
+        )
         a = _load_agents(agents, image, head, heads, AGENTS, HEAD_DIM, BLOCK_N, BLOCK_D)
         u = _load_agents(gathered, image, head, heads, AGENTS, HEAD_DIM, BLOCK_N, BLOCK_D)
         grad_u = _load_agents(grad_gathered, image, head, heads, AGENTS, HEAD_DIM, BLOCK_N, BLOCK_D)

@@ -20,10 +20,10 @@ if TYPE_CHECKING:
     from vitarium.ops.agent_attn.op import Call
 
 _MAX_AGENTS = 256
-_MAX_BYTES = 1 << 15  # of a head's agents: shared memory holds them several times
-_FEW_BYTES = 1 << 13  # so few that loops may load the next image's meanwhile
-_PROGRAMS = 8  # for each multiprocessor
-_PART = 512  # tokens that are worth a program of their own
+_MAX_BYTES = {2: 1 << 15, 4: 1 << 14}  # of a head's agents: shared memory holds them several times
+_FEW_BYTES = 1 << 13  # so few, and at most 64, that loops may load the next ones meanwhile
+_PROGRAMS, _PROGRAMS_BACKWARD = 8, 4  # for each multiprocessor; gradients take more registers
+_PART = 512  # tokens that are worth a program of their own, or eight times the agents
 _STEP = 128  # tokens, a multiple of every BLOCK_T
 _NO_PREFIX = (None, None, None)
 
@@ -35,18 +35,29 @@ _POOL = (
 )
 _FEW = (
     Config({"BLOCK_T": 64}, 4, 2),
-    Config({"BLOCK_T": 64}, 4, 3),
-    Config({"BLOCK_T": 64}, 2, 2),
     Config({"BLOCK_T": 128}, 4, 2),
+    Config({"BLOCK_T": 64}, 4, 3),
+    Config({"BLOCK_T": 64}, 8, 2),
+    Config({"BLOCK_T": 32}, 4, 2),
     Config({"BLOCK_T": 128}, 8, 2),
-    Config({"BLOCK_T": 32}, 2, 3),
+)
+_FEW_BACKWARD = (  # of _FEW_BYTES
+    Config({"BLOCK_T": 32}, 4, 2),
+    Config({"BLOCK_T": 64}, 4, 2),
+    Config({"BLOCK_T": 64}, 8, 2),
+    Config({"BLOCK_T": 32}, 8, 2),
+    Config({"BLOCK_T": 32}, 4, 3),
+)
+_FEW_EXACT = (
+    Config({"BLOCK_T": 32}, 8, 1),
+    Config({"BLOCK_T": 32}, 4, 1),
+    Config({"BLOCK_T": 16}, 8, 1),
 )
 _MANY = (
+    Config({"BLOCK_T": 16}, 8, 1),
+    Config({"BLOCK_T": 16}, 4, 1),
     Config({"BLOCK_T": 32}, 8, 1),
-    Config({"BLOCK_T": 64}, 8, 1),
-    Config({"BLOCK_T": 32}, 4, 1),
 )
-_EXACT = (Config({"BLOCK_T": 32}, 4, 1), Config({"BLOCK_T": 32}, 8, 1))
 _KEY = ("BLOCK_N", "HEAD_DIM")
 
 
@@ -58,7 +69,7 @@ def unsupported(call: Call) -> str | None:
     agents, head_dim = math.prod(call.agent_size), call.query.shape[-1]
     if agents > _MAX_AGENTS:
         return f"kernels take up to {_MAX_AGENTS} agents, got {agents}"
-    if _bytes(agents, call.query) > _MAX_BYTES:
+    if _bytes(agents, call.query) > _MAX_BYTES[call.query.element_size()]:
         return f"{agents} agents of head_dim {head_dim} in {call.query.dtype} fill shared memory"
     return None
 
@@ -102,7 +113,12 @@ class _Sizes:
     """A call's numbers, how its work is divided, and what most kernels are told."""
 
     def __init__(
-        self, query: Tensor, first: Tensor | None, agent_size: Sequence[int], scale: float
+        self,
+        query: Tensor,
+        first: Tensor | None,
+        agent_size: Sequence[int],
+        scale: float,
+        backward: bool,
     ) -> None:
         self.images, self.height, self.width, self.heads, self.head_dim = query.shape
         self.agents = math.prod(agent_size)
@@ -110,7 +126,6 @@ class _Sizes:
         self.wide = self.width if first is None else self.tokens
         self.query = query
         self.common: dict[str, Any] = {
-            "tokens": self.tokens,
             "heads": self.heads,
             "images": self.images,
             "scale": scale,
@@ -119,13 +134,18 @@ class _Sizes:
             "BLOCK_N": _triton.block(self.agents),
             "BLOCK_D": _triton.block(self.head_dim),
         }
-        few = _bytes(self.agents, query) <= _FEW_BYTES
-        exact = query.dtype == torch.float32
-        self.configs = _EXACT if exact else _FEW if few else _MANY
-        wanted, images = _PROGRAMS * _triton.processors(query.device), max(1, self.images)
-        parts = min(-(-wanted // (images * self.heads)), -(-self.tokens // _PART))
-        self.part = -(-self.tokens // (parts * _STEP)) * _STEP  # tokens
-        self.parts = -(-self.tokens // self.part)
+        size = _bytes(self.agents, query)
+        self.configs: Sequence[Config] = _MANY
+        if self.agents <= 64 and size <= _FEW_BYTES:
+            self.configs = _FEW_BACKWARD if backward and size == _FEW_BYTES else _FEW
+            if query.dtype == torch.float32:
+                self.configs = _FEW_EXACT
+        programs = _PROGRAMS_BACKWARD if backward else _PROGRAMS
+        wanted, images = programs * _triton.processors(query.device), max(1, self.images)
+        least = max(_PART, 8 * self.common["BLOCK_N"])
+        parts = min(-(-wanted // (images * self.heads)), -(-self.tokens // least))
+        self.part = -(-self.tokens // (parts * _STEP))  # steps
+        self.parts = -(-self.tokens // (self.part * _STEP))
         groups = min(-(-wanted // (-(-self.tokens // 64) * self.heads)), images)
         self.group = -(-images // groups)  # images
         self.groups = -(-images // self.group)
@@ -156,7 +176,8 @@ class _Sizes:
     def _launch(
         self, kernel: Any, grid: Any, maps: Mapping[str, Tensor], arguments: Mapping[str, Any]
     ) -> None:
-        found = {**self.common, **_located(maps), **arguments}
+        flat = all(_flat(x) for x in maps.values())
+        found = {**self.common, **_located(maps), "FLAT": flat, **arguments}
         _triton.launch(kernel, grid, found, self.configs, _KEY)
 
 
@@ -171,12 +192,20 @@ def _located(maps: Mapping[str, Tensor]) -> dict[str, Any]:
     return {**maps, **units, "UNIT": unit}
 
 
-def _biased(bias: Tensor | None) -> dict[str, Any]:
-    """A bias [heads, n, tokens] and its strides."""
-    if bias is None:
-        return {"bias": None, "bias_strides": (0, 0)}
-    bias = _triton.readable(bias)
-    return {"bias": bias, "bias_strides": bias.stride()[:2]}
+def _flat(x: Tensor) -> bool:
+    """Whether the tokens of a map are equally far apart."""
+    return x.shape[1] == 1 or x.stride(1) == x.shape[2] * x.stride(2)
+
+
+def _biased(bias: Tensor | None, tokens: int) -> dict[str, Any]:
+    """A bias [heads, n, tokens], its strides and the tokens, in units of ALIGNED elements."""
+    strides: tuple[int, ...] = (0, 0)
+    if bias is not None:
+        bias = _triton.readable(bias)
+        strides = bias.stride()[:2]
+    unit = math.gcd(16, tokens, *strides)
+    found = {"bias": bias, "bias_strides": tuple(n // unit for n in strides)}
+    return {**found, "tokens": tokens // unit, "ALIGNED": unit}
 
 
 def _forward(
@@ -193,7 +222,7 @@ def _forward(
 ) -> tuple[Tensor, ...]:
     from vitarium.ops.agent_attn import triton_kernels as kernels
 
-    x = _Sizes(query, query_prefix, agent_size, scale)
+    x = _Sizes(query, query_prefix, agent_size, scale, False)
     out, gathered = x.all_tokens(), x.empty()
     lse = query.new_empty(gathered.shape[:3], dtype=torch.float32)
     if not x.images:
@@ -210,7 +239,7 @@ def _forward(
         gathered=found,
         lse=levels,
         width=x.wide,
-        **_biased(agent_bias),
+        **_biased(agent_bias, x.tokens),
     )
     if x.parts > 1:
         arguments: dict[str, Any] = {
@@ -232,7 +261,7 @@ def _forward(
         out=out,
         width=x.wide,
         AGENTS=x.agents,
-        **_biased(None if token_bias is None else token_bias.mT),
+        **_biased(None if token_bias is None else token_bias.mT, x.tokens),
     )
     return out, agents, gathered, lse
 
@@ -289,7 +318,7 @@ def _backward(
     """
     from vitarium.ops.agent_attn import triton_kernels as kernels
 
-    x = _Sizes(query, query_prefix, agent_size, scale)
+    x = _Sizes(query, query_prefix, agent_size, scale, True)
     grads = tuple(x.all_tokens() for _ in range(3))
     biases = tuple(
         query.new_zeros(0) if bias is None else lse.new_empty(x.groups, x.heads, x.agents, x.tokens)
@@ -297,7 +326,10 @@ def _backward(
     )
     if not x.images:
         return _results(grads, tuple(b.zero_()[0] if b.ndim > 1 else b for b in biases), query)
-    first, second = _biased(agent_bias), _biased(None if token_bias is None else token_bias.mT)
+    first, second = (
+        _biased(agent_bias, x.tokens),
+        _biased(None if token_bias is None else token_bias.mT, x.tokens),
+    )
     small = {"agents": agents, "gathered": gathered}
     keys = {"key": _joined(key_prefix, key), "value": _joined(value_prefix, value)}
     queries = {"grad": _joined(None, grad[:, None]), "query": _joined(query_prefix, query)}
