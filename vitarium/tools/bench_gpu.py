@@ -112,7 +112,7 @@ def measure(
         save: called with the rows so far whenever a table is done.
 
     Raises:
-        ValueError: an op that has no models, or sizes that they are not run at.
+        ValueError: an op that has no models.
         KeyboardInterrupt: Ctrl-C, when the verdicts so far are printed.
     """
     for name in args.names:
@@ -179,7 +179,7 @@ def measured(run: Run, case: OpCase, biased: bool, backward: bool) -> list[Row]:
         sets = _sets(case, biased, backward, cost, _cache(run.device))
         try:
             expected: list[Tensor] | str = _expected(case, *sets[0], backward)
-        except torch.OutOfMemoryError as error:
+        except RuntimeError as error:  # no memory, above all
             expected = f"no reference: {_reason(error)}"
         chosen = case.explained(sets[0][0]).chosen
         for name, candidate in _candidates(run, case, sets[0][0], biased, backward).items():
@@ -205,7 +205,8 @@ def measured(run: Run, case: OpCase, biased: bool, backward: bool) -> list[Row]:
                     row["note"] = "; ".join(filter(None, (row["note"], ready[name].why)))
             except Exception as error:
                 row["note"] = f"failed: {_reason(error)}"
-                _tidy(run.device)
+            if row["timed"] is None:
+                _tidy(run.device)  # the error, which held on to memory, is gone
         times = medians(ready, run.rounds)
     for row in rows:
         if row["implementation"] in times:
