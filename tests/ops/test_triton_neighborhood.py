@@ -201,12 +201,10 @@ def test_a_tile_of_several_images(
     monkeypatch.setattr(triton_launch, "_IMAGE_CONFIGS", [triton_launch._IMAGE_CONFIGS[config]])
     monkeypatch.setattr(triton_launch, "_GRID", 1)
     leaves = inputs((9, 3), (5, 3), dtype=torch.bfloat16, batch=3, heads=1)
-    leaves = {name: x.detach() for name, x in leaves.items()}
     if not biased:
         del leaves["bias"]
-    found = neighborhood_attention(**leaves, kernel_size=(5, 3), impl="triton")
-    expected = neighborhood_attention(**leaves, kernel_size=(5, 3), impl="reference")
-    torch.testing.assert_close(found, expected, rtol=2e-2, atol=2e-2)
+    found = results(leaves, "triton", kernel_size=(5, 3))
+    assert_close(found, exact(leaves, kernel_size=(5, 3)), 2e-2)
 
 
 @pytest.mark.parametrize("name", CALLS)
@@ -402,6 +400,9 @@ def test_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
     assert reason(dtype=torch.float64) == (
         "kernels take float16, bfloat16 and float32, got torch.float64"
     )
+    monkeypatch.setattr(triton_launch, "_MAX_HEIGHT", 2)
+    assert reason() == "kernels take maps of up to 2 rows, got 3"
+    monkeypatch.undo()
     assert reason(head_dim=160) == "kernels take a head_dim up to 128, got 160"
     leaves = {n: x.detach() for n, x in inputs((3, 3), 3).items()}
     found = explain("neighborhood", **leaves, kernel_size=3)

@@ -369,6 +369,91 @@ def _neighborhood_bwd_query_kernel(
     tl.store(grad_query + dense, (acc * factor).to(grad_query.dtype.element_ty), mask=mask)
 
 
+@triton.jit(do_not_specialize=["batch", *_SIZES, *_STRIDES])
+def _neighborhood_bwd_query_images_kernel(
+    query, key, value, bias, out, lse, grad, delta, grad_query,
+    batch, heads, height, width, key_height, key_width,
+    q_batch, q_row, q_column, q_head,
+    k_batch, k_row, k_column, k_head,
+    v_batch, v_row, v_column, v_head,
+    g_batch, g_row, g_column, g_head,
+    dilation_h, dilation_w, scale, factor,
+    KERNEL_H: tl.constexpr, KERNEL_W: tl.constexpr, HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr, UNIT: tl.constexpr, BIASED: tl.constexpr,
+    PRECISION: tl.constexpr, LONGEST: tl.constexpr, TILE_H: tl.constexpr, TILE_W: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Gradient of the same tile of queries of several images; writes ``delta`` too."""
+    head, column_tile = tl.program_id(0) % heads, tl.program_id(0) // heads
+    row_tile = tl.program_id(1)
+    residue_h, residue_w = row_tile % dilation_h, column_tile % dilation_w
+    first_r, first_c = row_tile // dilation_h * TILE_H, column_tile // dilation_w * TILE_W
+    queries_h = (height - residue_h + dilation_h - 1) // dilation_h
+    queries_w = (width - residue_w + dilation_w - 1) // dilation_w
+    members_h = (key_height - residue_h + dilation_h - 1) // dilation_h
+    members_w = (key_width - residue_w + dilation_w - 1) // dilation_w
+    begin_r, end_r = _halo(first_r, queries_h, members_h, TILE_H, KERNEL_H)
+    begin_c, end_c = _halo(first_c, queries_w, members_w, TILE_W, KERNEL_W)
+    CHUNKS: tl.constexpr = (min(TILE_H + KERNEL_H - 1, LONGEST) + ROWS - 1) // ROWS
+    tl.static_assert(COLUMNS >= TILE_W + KERNEL_W - 1)
+
+    m = tl.arange(0, TILE_H * TILE_W)
+    n = tl.arange(0, ROWS * COLUMNS)
+    d = tl.arange(0, BLOCK_D)
+    qr, qc = first_r + m // TILE_W, first_c + m % TILE_W
+    start_r, start_c = _start(qr, members_h, KERNEL_H), _start(qc, members_w, KERNEL_W)
+    real = (qr < queries_h) & (qc < queries_w)
+    mask_q = _on_map(real, d, HEAD_DIM, BLOCK_D)
+    y = (qr * dilation_h + residue_h).to(tl.int64)
+    x = (qc * dilation_w + residue_w).to(tl.int64)
+    q_at = query + head * q_head * UNIT + ((y * q_row + x * q_column) * UNIT)[:, None] + d[None, :]
+    grad += head * g_head * UNIT
+    g_at = grad + ((y * g_row + x * g_column) * UNIT)[:, None] + d[None, :]
+    kr, kc = begin_r + n // COLUMNS, begin_c + n % COLUMNS
+    near_y = (kr * dilation_h + residue_h).to(tl.int64)
+    near_x = (kc * dilation_w + residue_w).to(tl.int64)
+    k_at = ((near_y * k_row + near_x * k_column) * UNIT)[:, None] + d[None, :]
+    v_at = ((near_y * v_row + near_x * v_column) * UNIT)[:, None] + d[None, :]
+    key += head * k_head * UNIT
+    value += head * v_head * UNIT
+    k_step, v_step = k_row.to(tl.int64), v_row.to(tl.int64)
+
+    if BIASED:
+        bias += head * ((2 * KERNEL_H - 1) * (2 * KERNEL_W - 1))
+    terms = ()
+    for i in tl.static_range(CHUNKS):
+        term = _term(
+            bias, kr + i * ROWS, kc, qr, qc, start_r, start_c, KERNEL_H, KERNEL_W, BIASED
+        )  # fmt: skip
+        terms += (term,)
+
+    for image in range(tl.program_id(2), batch, tl.num_programs(2)):
+        of = tl.cast(image, tl.int64)
+        q = tl.load(q_at + of * q_batch * UNIT, mask=mask_q, other=0.0)
+        g = tl.load(g_at + of * g_batch * UNIT, mask=mask_q, other=0.0)
+        position = (of * height + y) * width + x
+        dense = ((position * heads + head) * HEAD_DIM)[:, None] + d[None, :]
+        o = tl.load(out + dense, mask=mask_q, other=0.0)
+        at = ((of * heads + head) * height + y) * width + x
+        norm = tl.load(lse + at, mask=real, other=-_MASKED)
+        products = tl.sum(g.to(tl.float32) * o.to(tl.float32), 1)
+        tl.store(delta + at, products, mask=real)
+        acc = tl.zeros([TILE_H * TILE_W, BLOCK_D], tl.float32)
+        for i in tl.static_range(CHUNKS):
+            mask = _on_map((kr + i * ROWS < end_r) & (kc < end_c), d, HEAD_DIM, BLOCK_D)
+            down = i * ROWS * dilation_h
+            at = key + (of * k_batch + down * k_step) * UNIT + k_at
+            k = tl.load(at, mask=mask, other=0.0)
+            at = value + (of * v_batch + down * v_step) * UNIT + v_at
+            v = tl.load(at, mask=mask, other=0.0)
+            s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale + terms[i]
+            weights = tl.exp2(s - norm[:, None])
+            s = tl.dot(g, tl.trans(v), input_precision=PRECISION)
+            s = weights * (s - products[:, None])
+            acc = tl.dot(s.to(k.dtype), k, acc, input_precision=PRECISION)
+        tl.store(grad_query + dense, (acc * factor).to(grad_query.dtype.element_ty), mask=mask_q)
+
+
 @triton.jit(do_not_specialize=[*_SIZES, *_STRIDES])
 def _neighborhood_bwd_key_kernel(
     query, key, value, table, lse, grad, delta, grad_key, grad_value,

@@ -16,12 +16,15 @@ if TYPE_CHECKING:
     from vitarium.ops.neighborhood_attn.op import Call
 
 _GRID = 65535  # the most programs on a grid's second and third axis
+_MAX_HEIGHT = _GRID  # there are not more rows of tiles than of positions
 _MASKED = -1e30
 _LOG2_E = 1 / math.log(2)
 
 
 def unsupported(call: Call) -> str | None:
     """Why the kernels cannot run this call, or None."""
+    if call.padded_size[0] > _MAX_HEIGHT:
+        return f"kernels take maps of up to {_MAX_HEIGHT} rows, got {call.padded_size[0]}"
     return _triton.unsupported(call.query, call.key, call.value)
 
 
@@ -166,7 +169,13 @@ _IMAGE_CONFIGS = [
 
 def _resident(query: Tensor, kernel_size: Sequence[int]) -> bool:
     """Whether the biases of a tile fit in registers."""
-    return query.dtype.itemsize == 2 and max(kernel_size) <= 7
+    return query.dtype.itemsize == 2 and query.shape[-1] <= 32 and max(kernel_size) <= 7
+
+
+def _images(key: Tensor, kernel_size: Sequence[int], dilation: Sequence[int]) -> dict[str, Any]:
+    """What kernels that take a tile of several images are told beside."""
+    longest = -(-key.shape[1] // dilation[0])
+    return {"batch": len(key), "LONGEST": min(longest, kernel_size[0] + 7)}
 
 
 def _grid_of_images(query: Tensor) -> Callable[[Mapping[str, Any]], tuple[int, ...]]:
@@ -198,9 +207,8 @@ def _forward(
     shared |= _strides(unit, q=query, k=key, v=value) | {"KEEP": keep}
     if len(query) and _resident(query, kernel_size):
         arguments: dict[str, Any] = {"query": query, "key": key, "value": value, "bias": bias}
-        arguments |= {"out": out, "lse": lse, "batch": len(query)} | shared
-        arguments["LONGEST"] = min(-(-key.shape[1] // dilation[0]), kernel_size[0] + 7)
-        arguments["scale"] = scale * _LOG2_E
+        arguments |= {"out": out, "lse": lse, "scale": scale * _LOG2_E} | shared
+        arguments |= _images(key, kernel_size, dilation)
         _launch("fwd_images", _grid_of_images(query), arguments, _IMAGE_CONFIGS)
         return out, lse
     table = _table(bias)
@@ -235,6 +243,15 @@ def _backward(
         return grads
     query, key, value, grad = (_triton.readable(x) for x in (query, key, value, grad))
     unit, table, delta = _unit(query, key, value, grad), _table(bias), torch.empty_like(lse)
+    resident = _resident(query, kernel_size)
+    if resident:
+        arguments: dict[str, Any] = {"query": query, "key": key, "value": value, "bias": bias}
+        arguments |= {"out": out, "lse": lse, "grad": grad, "delta": delta, "grad_query": grads[0]}
+        arguments |= _call(query, key, bias, kernel_size, dilation, unit)
+        arguments |= _strides(unit, q=query, k=key, v=value, g=grad)
+        arguments |= {"scale": scale * _LOG2_E, "factor": scale}
+        arguments |= _images(key, kernel_size, dilation)
+        _launch("bwd_query_images", _grid_of_images(query), arguments, _IMAGE_CONFIGS)
     for first in range(0, len(query), _GRID):
         part = slice(first, first + _GRID)
         q, k, v, g, e, x = (x[part] for x in (query, key, value, grad, lse, delta))
@@ -243,13 +260,14 @@ def _backward(
         shared |= _strides(unit, q=q, k=k, v=v, g=g)
         shared |= {"scale": scale * _LOG2_E, "factor": scale}
         configs = _configs(query, kernel_size)
-        to = {"out": out[part], "grad_query": grads[0][part]}
-        _launch("bwd_query", _grid(len(q)), shared | to, configs)
+        if not resident:
+            to = {"out": out[part], "grad_query": grads[0][part]}
+            _launch("bwd_query", _grid(len(q)), shared | to, configs)
         to = {"grad_key": grads[1][part], "grad_value": grads[2][part]}
         _launch("bwd_key", _grid(len(q), keys=True), shared | to, configs)
     if bias is not None and of_bias:
         maps = {"query": query, "key": key, "value": value, "grad": grad}
-        arguments: dict[str, Any] = {**maps, "table": table, "lse": lse, "delta": delta}
+        arguments = {**maps, "table": table, "lse": lse, "delta": delta}
         arguments |= _call(query, key, bias, kernel_size, dilation, unit)
         arguments |= _strides(unit, q=query, k=key, v=value, g=grad)
         grads[3].copy_(_bias_gradient(arguments | {"scale": scale * _LOG2_E}))
