@@ -137,8 +137,8 @@ def agent_attention(
         ``reference``: any device, floating dtype and head_dim; computes in float64; gradients
         of everything; the definition of correct.
         ``triton``: CUDA devices of compute capability 8.0 on; float16, bfloat16 and float32;
-        head_dim up to 128; up to 256 agents, which shared memory must hold: in half precision up
-        to 256 of head_dim 64, in float32 up to 64; sums in float32, weights in the maps' dtype;
+        head_dim up to 128; up to 256 agents, and 16 KiB for those of a head (powers of two: 128
+        of head_dim 64 in half precision); sums in float32, weights in the maps' dtype;
         gradients of everything, biases included; deterministic; one op to torch.compile and
         torch.export. ``auto`` takes it wherever it runs, but not while exporting.
         ``aten``: any device, floating dtype and head_dim; gradients of everything, biases

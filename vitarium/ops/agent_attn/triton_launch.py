@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from vitarium.ops.agent_attn.op import Call
 
 _MAX_AGENTS = 256
-_MAX_BYTES = {2: 1 << 15, 4: 1 << 14}  # of a head's agents: shared memory holds them several times
+_MAX_BYTES = 1 << 14  # of a head's agents: shared memory holds them several times
 _FEW_BYTES = 1 << 13  # so few, and at most 64, that loops may load the next ones meanwhile
 _PROGRAMS, _PROGRAMS_BACKWARD = 8, 4  # for each multiprocessor; gradients take more registers
 _PART = 512  # tokens that are worth a program of their own, or eight times the agents
@@ -69,7 +69,7 @@ def unsupported(call: Call) -> str | None:
     agents, head_dim = math.prod(call.agent_size), call.query.shape[-1]
     if agents > _MAX_AGENTS:
         return f"kernels take up to {_MAX_AGENTS} agents, got {agents}"
-    if _bytes(agents, call.query) > _MAX_BYTES[call.query.element_size()]:
+    if _bytes(agents, call.query) > _MAX_BYTES:
         return f"{agents} agents of head_dim {head_dim} in {call.query.dtype} fill shared memory"
     return None
 
