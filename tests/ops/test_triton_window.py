@@ -24,7 +24,10 @@ pytestmark = [
     ),
 ]
 
-GOLDENS = sorted(Path(__file__).parents[1].glob("golden/ops/window_attention_*.json"))
+GOLDENS = [
+    pytest.param(path, id=path.stem, marks=[pytest.mark.slow] if path.stem.endswith("6") else [])
+    for path in sorted(Path(__file__).parents[1].glob("golden/ops/window_attention_*.json"))
+]  # the sixth has windows of 12x12
 HALVES = (torch.float16, torch.bfloat16)
 OPS = torch.ops.vitarium
 TILE = ["_window_fwd_kernel", "_window_bwd_kernel"]
@@ -36,8 +39,9 @@ TABLE = "_window_bwd_table_kernel"
 def few_programs(monkeypatch):
     """As an interpreter likes it: programs of several windows, and large blocks."""
     monkeypatch.setattr(_triton, "processors", lambda device: 1)
-    config = _triton.Config({"BLOCK_M": 64, "BLOCK_N": 128})
-    monkeypatch.setattr(triton_launch, "_block_configs", lambda *_: [config])
+    config = _triton.Config({"BLOCK_M": 128, "BLOCK_N": 64})
+    monkeypatch.setattr(triton_launch, "_query_configs", lambda *_: [config])
+    monkeypatch.setattr(triton_launch, "_key_configs", lambda *_: [config])
 
 
 @pytest.fixture
@@ -93,12 +97,14 @@ def assert_as_exact_as_aten(leaves: dict[str, Tensor], **rest: Any) -> None:
     for name, x in expected.items():
         assert found[name].dtype == leaves.get(name, leaves["query"]).dtype
         eps = torch.finfo(found[name].dtype).eps
-        allowed = 3 * float((aten[name] - x).abs().max()) + 4 * eps * max(1, float(x.abs().max()))
+        few = 32 if name == "logit_scale" else 8  # it sums what cancels over all pairs
+        allowed = 3 * float((aten[name] - x).abs().max())
+        allowed += few * eps * max(1, float(x.abs().max()))
         error = float((found[name] - x).abs().max())
         assert error <= allowed, f"{name}: error {error:.2e}, allowed {allowed:.2e}"
 
 
-@pytest.mark.parametrize("path", GOLDENS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", GOLDENS)
 def test_golden(path: Path) -> None:
     d, x, _, probe, expected = op_case(path.with_suffix(""))
     window, heads = d["params"]["window"], d["params"]["heads"]
@@ -225,9 +231,9 @@ def test_head_dims(head_dim: int, window: Any, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
-@pytest.mark.parametrize(("window", "head_dim"), [(4, 24), (4, 128), (9, 24), (9, 64), (9, 128)])
+@pytest.mark.parametrize(("window", "head_dim"), [((7, 10), 24), ((7, 10), 64), ((7, 10), 128)])
 def test_every_configuration(
-    window: int, head_dim: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    window: tuple[int, int], head_dim: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each one that differs in more than warps and stages, which the interpreter has none of."""
     monkeypatch.undo()  # with the configurations of a card
@@ -240,8 +246,8 @@ def test_every_configuration(
         launch(kernel, grid, arguments, [_triton.Config(dict(blocks[number]))], key)
 
     monkeypatch.setattr(_triton, "launch", only)
-    leaves = inputs((9, 10), window, dtype=dtype, heads=1, head_dim=head_dim)
-    args = {"window_size": window, "shift_size": 2, "semantics": "dense"}
+    leaves = inputs((7, 10), window, dtype=dtype, heads=1, head_dim=head_dim)
+    args = {"window_size": window}
     before = 0
     for wanted[0] in range(8):
         assert_as_exact_as_aten(leaves, **args)

@@ -3,8 +3,8 @@
 Place i of a window's row stands at slot ``number * window + i`` of its axis. Slots are positions
 of the map that is rolled and then padded (PADDED = 1), padded and then rolled (2), or that
 windows divide (0). A pair is masked where a region's edge parts it, which only windows in the
-last row or column have. Scores are in units of log 2. Where windows are whole axes (WW = 0)
-their width is known at run time alone.
+last row or column have. Where windows are whole axes (WW = 0) their width is known at run time
+alone.
 """
 
 # ruff: noqa: N803
@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 _LOG2E = tl.constexpr(1.4426950408889634)
-_MASKED = tl.constexpr(-100.0 * 1.4426950408889634)
+_MASKED = tl.constexpr(-100.0)
 _EPS = tl.constexpr(1e-12)  # the least norm, of torch.nn.functional.normalize
 
 # what new sizes and layouts change
@@ -123,13 +123,22 @@ def _through_norm(grad, x, norms):
 
 
 @triton.jit
-def _bias(bias, i, j, key_i, key_j, live, key_live, TABLE_H: tl.constexpr, TABLE_W: tl.constexpr):
-    """Bias of queries and keys that broadcast; -inf for keys beyond the window."""
-    across: tl.constexpr = 2 * TABLE_W - 1
-    middle: tl.constexpr = (TABLE_H - 1) * across + TABLE_W - 1
-    entry = (i * across + j + middle) - (key_i * across + key_j)
-    found = tl.load(bias + entry, mask=live & key_live, other=0.0) * _LOG2E
-    return tl.where(key_live, found, float("-inf"))
+def _at_query(i, j, live, TABLE_H: tl.constexpr, TABLE_W: tl.constexpr):
+    """Entry of a query's bias for the window's first key; any one for places beyond the window."""
+    middle: tl.constexpr = (TABLE_H - 1) * (2 * TABLE_W - 1) + TABLE_W - 1
+    return tl.where(live, i * (2 * TABLE_W - 1) + j, 0) + middle
+
+
+@triton.jit
+def _at_key(i, j, live, TABLE_W: tl.constexpr):
+    """How many entries before that the one for a key stands."""
+    return tl.where(live, i * (2 * TABLE_W - 1) + j, 0)
+
+
+@triton.jit
+def _exp(scores, less):
+    """Exponential of the difference, an instruction for two."""
+    return tl.exp2(scores * _LOG2E - less * _LOG2E)
 
 
 @triton.jit
@@ -167,16 +176,14 @@ def _window_fwd_kernel(
     i, j = _split(place, WW, WW)
     in_window = place < WH * WW
     beyond = _beyond(i, j, edge_row, edge_column)
+    added = tl.where(in_window, 0.0, float("-inf"))[None, :]
     if HAS_BIAS:
         bias += head * ((2 * TABLE_H - 1) * (2 * TABLE_W - 1))
-        added = _bias(
-            bias, i[:, None], j[:, None], i[None, :], j[None, :],
-            in_window[:, None], in_window[None, :], TABLE_H, TABLE_W,
-        )  # fmt: skip
-    else:
-        added = tl.where(in_window, 0.0, float("-inf"))[None, :]
+        at_query = _at_query(i, j, in_window, TABLE_H, TABLE_W)
+        at_key = _at_key(i, j, in_window, TABLE_W)
+        added += tl.load(bias + (at_query[:, None] - at_key[None, :]))
     if COSINE:
-        scale = tl.load(factor + head) * _LOG2E
+        scale = tl.load(factor + head)
     pad_q, pad_k, pad_v = _pads(pad, head, heads, d, HEAD_DIM, HAS_PAD)
     for number in range(tl.program_id(1), windows, tl.num_programs(1)):
         image = (number // columns // rows).to(tl.int64)
@@ -206,7 +213,7 @@ def _window_fwd_kernel(
             inverse_q[:, None], inverse_k[None, :], added, region[:, None], region[None, :],
             COSINE, SHIFTED,
         )  # fmt: skip
-        weights = tl.exp2(scores - tl.max(scores, 1)[:, None])
+        weights = _exp(scores, tl.max(scores, 1)[:, None])
         mixed = tl.dot(weights.to(v.dtype), v, input_precision=PRECISION)
         mixed = mixed * (1.0 / tl.sum(weights, 1))[:, None]
         first = tl.multiple_of((image * height * width * heads + head) * HEAD_DIM, ALIGN)
@@ -218,7 +225,7 @@ def _window_fwd_kernel(
 @triton.jit(do_not_specialize=_SIZES)
 def _window_bwd_kernel(
     query, key, value, grad, bias, factor, pad, grad_query, grad_key, grad_value,
-    grad_pairs, grad_factor, grad_pad, scale, mixing_scale,
+    grad_pairs, grad_factor, grad_pad, scale,
     windows, rows, columns, height, width, down, right, turn_row, turn_column,
     edge_row, edge_column, heads,
     q_batch, q_row, q_column, q_head, k_batch, k_row, k_column, k_head,
@@ -236,17 +243,14 @@ def _window_bwd_kernel(
     i, j = _split(place, WW, WW)
     in_window = place < WH * WW
     beyond = _beyond(i, j, edge_row, edge_column)
+    added = tl.where(in_window, 0.0, float("-inf"))[None, :]
     if HAS_BIAS:
         bias += head * ((2 * TABLE_H - 1) * (2 * TABLE_W - 1))
-        added = _bias(
-            bias, i[:, None], j[:, None], i[None, :], j[None, :],
-            in_window[:, None], in_window[None, :], TABLE_H, TABLE_W,
-        )  # fmt: skip
-    else:
-        added = tl.where(in_window, 0.0, float("-inf"))[None, :]
+        at_query = _at_query(i, j, in_window, TABLE_H, TABLE_W)
+        at_key = _at_key(i, j, in_window, TABLE_W)
+        added += tl.load(bias + (at_query[:, None] - at_key[None, :]))
     if COSINE:
-        mixing_scale = tl.load(factor + head)
-        scale = mixing_scale * _LOG2E
+        scale = tl.load(factor + head)
     pad_q, pad_k, pad_v = _pads(pad, head, heads, d, HEAD_DIM, HAS_PAD)
     sum_pairs = tl.zeros([BLOCK_L, BLOCK_L], tl.float32)
     sum_factor = tl.zeros([BLOCK_L], tl.float32)
@@ -285,7 +289,7 @@ def _window_bwd_kernel(
             inverse_q[:, None], inverse_k[None, :], added, region[:, None], region[None, :],
             COSINE, SHIFTED,
         )  # fmt: skip
-        weights = tl.exp2(scores - tl.max(scores, 1)[:, None])
+        weights = _exp(scores, tl.max(scores, 1)[:, None])
         weights = weights * (1.0 / tl.sum(weights, 1))[:, None]
         grad_scores = tl.dot(g, tl.trans(v), input_precision=PRECISION)
         grad_scores = weights * (grad_scores - tl.sum(weights * grad_scores, 1)[:, None])
@@ -303,8 +307,8 @@ def _window_bwd_kernel(
             grad_q, along = _through_norm(grad_q, q, norms_q)
             grad_k, _ = _through_norm(grad_k, k, norms_k)
             sum_factor += along
-        grad_q = grad_q * mixing_scale
-        grad_k = grad_k * mixing_scale
+        grad_q = grad_q * scale
+        grad_k = grad_k * scale
         first = tl.multiple_of((image * height * width * heads + head) * HEAD_DIM, ALIGN)
         offsets = tl.multiple_of((row * width + column) * (heads * HEAD_DIM), ALIGN)
         to = first + (offsets[:, None] + d[None, :])
@@ -355,7 +359,7 @@ def _window_fwd_blocks_kernel(
         bias += head * ((2 * TABLE_H - 1) * (2 * TABLE_W - 1))
     edges = _edges(number, rows, columns)
     if COSINE:
-        scale = tl.load(factor + head) * _LOG2E
+        scale = tl.load(factor + head)
     m = block * BLOCK_M + tl.arange(0, BLOCK_M)
     query_i, query_j = _split(m, ww, WW)
     query_region = _beyond(query_i, query_j, edge_row, edge_column) & edges
@@ -382,31 +386,29 @@ def _window_fwd_blocks_kernel(
             turn_row, turn_column, PADDED, SHIFTED, WIDE,
         )  # fmt: skip
         key_mask = _valid(key_live, d, HEAD_DIM, BLOCK_D)
-        offsets = tl.multiple_of(key_row * k_row + key_column * k_column, ALIGN)
+        inner = tl.multiple_of(key_row * k_row + key_column * k_column, ALIGN)
         first = tl.multiple_of(image * k_batch + head * k_head, ALIGN)
-        k = _read(key + first, offsets, d, key_mask, key_live, pad_k, HAS_PAD)
+        k = _read(key + first, inner, d, key_mask, key_live, pad_k, HAS_PAD)
         if not PACKED:
-            offsets = tl.multiple_of(key_row * v_row + key_column * v_column, ALIGN)
+            inner = tl.multiple_of(key_row * v_row + key_column * v_column, ALIGN)
         first = tl.multiple_of(image * v_batch + head * v_head, ALIGN)
-        v = _read(value + first, offsets, d, key_mask, key_live, pad_v, HAS_PAD)
+        v = _read(value + first, inner, d, key_mask, key_live, pad_v, HAS_PAD)
         inverse_k = d
         if COSINE:
             inverse_k = _inverse(_norms(k))
+        added = tl.where(n < tokens, 0.0, float("-inf"))[None, :]
         if HAS_BIAS:
-            added = _bias(
-                bias, query_i[:, None], query_j[:, None], key_i[None, :], key_j[None, :],
-                (m < tokens)[:, None], (n < tokens)[None, :], TABLE_H, TABLE_W,
-            )  # fmt: skip
-        else:
-            added = tl.where(n < tokens, 0.0, float("-inf"))[None, :]
+            at_query = _at_query(query_i, query_j, m < tokens, TABLE_H, TABLE_W)
+            at_key = _at_key(key_i, key_j, n < tokens, TABLE_W)
+            added += tl.load(bias + (at_query[:, None] - at_key[None, :]))
         scores = _scored(
             tl.dot(q, tl.trans(k), input_precision=PRECISION), scale,
             inverse_q[:, None], inverse_k[None, :], added,
             query_region[:, None], key_region[None, :], COSINE, SHIFTED,
         )  # fmt: skip
         larger = tl.maximum(best, tl.max(scores, 1))
-        weights = tl.exp2(scores - larger[:, None])
-        shrunk = tl.exp2(best - larger)
+        weights = _exp(scores, larger[:, None])
+        shrunk = _exp(best, larger)
         total = total * shrunk + tl.sum(weights, 1)
         mixed = mixed * shrunk[:, None]
         mixed += tl.dot(weights.to(v.dtype), v, input_precision=PRECISION)
@@ -417,13 +419,13 @@ def _window_fwd_blocks_kernel(
     to = first + (offsets[:, None] + d[None, :])
     tl.store(out + to, mixed.to(out.dtype.element_ty), mask=query_mask)
     at_sums = (image * heads + head) * height * width + query_row * width + query_column
-    tl.store(sums + at_sums, best + tl.log2(total), mask=query_live)
+    tl.store(sums + at_sums, best + tl.log(total), mask=query_live)
 
 
 @triton.jit(do_not_specialize=_SIZES)
 def _window_bwd_query_kernel(
     query, key, value, grad, out, bias, factor, pad, sums, deltas, grad_query, grad_factor,
-    scale, mixing_scale,
+    scale,
     tokens, wh, ww, rows, columns, height, width, down, right, turn_row, turn_column,
     edge_row, edge_column, heads,
     q_batch, q_row, q_column, q_head, k_batch, k_row, k_column, k_head,
@@ -446,8 +448,7 @@ def _window_bwd_query_kernel(
         bias += head * ((2 * TABLE_H - 1) * (2 * TABLE_W - 1))
     edges = _edges(number, rows, columns)
     if COSINE:
-        mixing_scale = tl.load(factor + head)
-        scale = mixing_scale * _LOG2E
+        scale = tl.load(factor + head)
     m = block * BLOCK_M + tl.arange(0, BLOCK_M)
     query_i, query_j = _split(m, ww, WW)
     query_region = _beyond(query_i, query_j, edge_row, edge_column) & edges
@@ -484,29 +485,27 @@ def _window_bwd_query_kernel(
             turn_row, turn_column, PADDED, SHIFTED, WIDE,
         )  # fmt: skip
         key_mask = _valid(key_live, d, HEAD_DIM, BLOCK_D)
-        offsets = tl.multiple_of(key_row * k_row + key_column * k_column, ALIGN)
+        inner = tl.multiple_of(key_row * k_row + key_column * k_column, ALIGN)
         first = tl.multiple_of(image * k_batch + head * k_head, ALIGN)
-        k = _read(key + first, offsets, d, key_mask, key_live, pad_k, HAS_PAD)
+        k = _read(key + first, inner, d, key_mask, key_live, pad_k, HAS_PAD)
         if not PACKED:
-            offsets = tl.multiple_of(key_row * v_row + key_column * v_column, ALIGN)
+            inner = tl.multiple_of(key_row * v_row + key_column * v_column, ALIGN)
         first = tl.multiple_of(image * v_batch + head * v_head, ALIGN)
-        v = _read(value + first, offsets, d, key_mask, key_live, pad_v, HAS_PAD)
+        v = _read(value + first, inner, d, key_mask, key_live, pad_v, HAS_PAD)
         inverse_k = d
         if COSINE:
             inverse_k = _inverse(_norms(k))
+        added = tl.where(n < tokens, 0.0, float("-inf"))[None, :]
         if HAS_BIAS:
-            added = _bias(
-                bias, query_i[:, None], query_j[:, None], key_i[None, :], key_j[None, :],
-                (m < tokens)[:, None], (n < tokens)[None, :], TABLE_H, TABLE_W,
-            )  # fmt: skip
-        else:
-            added = tl.where(n < tokens, 0.0, float("-inf"))[None, :]
+            at_query = _at_query(query_i, query_j, m < tokens, TABLE_H, TABLE_W)
+            at_key = _at_key(key_i, key_j, n < tokens, TABLE_W)
+            added += tl.load(bias + (at_query[:, None] - at_key[None, :]))
         scores = _scored(
             tl.dot(q, tl.trans(k), input_precision=PRECISION), scale,
             inverse_q[:, None], inverse_k[None, :], added,
             query_region[:, None], key_region[None, :], COSINE, SHIFTED,
         )  # fmt: skip
-        weights = tl.exp2(scores - normal[:, None])
+        weights = _exp(scores, normal[:, None])
         grad_scores = tl.dot(g, tl.trans(v), input_precision=PRECISION)
         grad_scores = weights * (grad_scores - delta[:, None])
         if COSINE:
@@ -515,13 +514,13 @@ def _window_bwd_query_kernel(
     if COSINE:
         grad_q, along = _through_norm(grad_q, q, _norms(q))
         tl.store(grad_factor + at_sums, along, mask=query_live)
-    tl.store(grad_query + to, (grad_q * mixing_scale).to(q.dtype), mask=query_mask)
+    tl.store(grad_query + to, (grad_q * scale).to(q.dtype), mask=query_mask)
 
 
 @triton.jit(do_not_specialize=_SIZES)
 def _window_bwd_key_kernel(
     query, key, value, grad, bias, factor, pad, sums, deltas, grad_key, grad_value, grad_pad,
-    scale, mixing_scale,
+    scale,
     tokens, wh, ww, rows, columns, height, width, down, right, turn_row, turn_column,
     edge_row, edge_column, heads,
     q_batch, q_row, q_column, q_head, k_batch, k_row, k_column, k_head,
@@ -544,8 +543,7 @@ def _window_bwd_key_kernel(
         bias += head * ((2 * TABLE_H - 1) * (2 * TABLE_W - 1))
     edges = _edges(number, rows, columns)
     if COSINE:
-        mixing_scale = tl.load(factor + head)
-        scale = mixing_scale * _LOG2E
+        scale = tl.load(factor + head)
     n = block * BLOCK_N + tl.arange(0, BLOCK_N)
     key_i, key_j = _split(n, ww, WW)
     key_region = _beyond(key_i, key_j, edge_row, edge_column) & edges
@@ -575,22 +573,20 @@ def _window_bwd_key_kernel(
             turn_row, turn_column, PADDED, SHIFTED, WIDE,
         )  # fmt: skip
         query_mask = _valid(query_live, d, HEAD_DIM, BLOCK_D)
-        offsets = tl.multiple_of(query_row * q_row + query_column * q_column, ALIGN)
+        inner = tl.multiple_of(query_row * q_row + query_column * q_column, ALIGN)
         first = tl.multiple_of(image * q_batch + head * q_head, ALIGN)
-        q = _read(query + first, offsets, d, query_mask, query_live, pad_q, HAS_PAD)
-        offsets = tl.multiple_of(query_row * g_row + query_column * g_column, ALIGN)
+        q = _read(query + first, inner, d, query_mask, query_live, pad_q, HAS_PAD)
+        inner = tl.multiple_of(query_row * g_row + query_column * g_column, ALIGN)
         first = tl.multiple_of(image * g_batch + head * g_head, ALIGN)
-        g = _read(grad + first, offsets, d, query_mask, query_live, d, False)
+        g = _read(grad + first, inner, d, query_mask, query_live, d, False)
         inverse_q = d
         if COSINE:
             inverse_q = _inverse(_norms(q))
+        added = tl.where(n < tokens, 0.0, float("-inf"))[:, None]
         if HAS_BIAS:
-            added = _bias(
-                bias, query_i[None, :], query_j[None, :], key_i[:, None], key_j[:, None],
-                (m < tokens)[None, :], (n < tokens)[:, None], TABLE_H, TABLE_W,
-            )  # fmt: skip
-        else:
-            added = tl.where(n < tokens, 0.0, float("-inf"))[:, None]
+            at_query = _at_query(query_i, query_j, m < tokens, TABLE_H, TABLE_W)
+            at_key = _at_key(key_i, key_j, n < tokens, TABLE_W)
+            added += tl.load(bias + (at_query[None, :] - at_key[:, None]))
         scores = _scored(
             tl.dot(k, tl.trans(q), input_precision=PRECISION), scale,
             inverse_q[None, :], inverse_k[:, None], added,
@@ -599,7 +595,7 @@ def _window_bwd_key_kernel(
         at_sums = (image * heads + head) * height * width + query_row * width + query_column
         normal = tl.load(sums + at_sums, mask=query_live, other=float("inf"))
         delta = tl.load(deltas + at_sums, mask=query_live, other=0.0)
-        weights = tl.exp2(scores - normal[None, :])
+        weights = _exp(scores, normal[None, :])
         grad_v += tl.dot(weights.to(g.dtype), g, input_precision=PRECISION)
         grad_scores = tl.dot(v, tl.trans(g), input_precision=PRECISION)
         grad_scores = weights * (grad_scores - delta[None, :])
@@ -608,7 +604,7 @@ def _window_bwd_key_kernel(
         grad_k += tl.dot(grad_scores.to(k.dtype), q, input_precision=PRECISION)
     if COSINE:
         grad_k, _ = _through_norm(grad_k, k, _norms(k))
-    grad_k = grad_k * mixing_scale
+    grad_k = grad_k * scale
     first = tl.multiple_of((image * height * width * heads + head) * HEAD_DIM, ALIGN)
     offsets = tl.multiple_of((key_row * width + key_column) * (heads * HEAD_DIM), ALIGN)
     to = first + (offsets[:, None] + d[None, :])
@@ -641,7 +637,7 @@ def _window_bwd_pairs_kernel(
     d = tl.arange(0, BLOCK_D)
     pad_q, pad_k, pad_v = _pads(pad, head, heads, d, HEAD_DIM, HAS_PAD)
     if COSINE:
-        scale = tl.load(factor + head) * _LOG2E
+        scale = tl.load(factor + head)
     m = block // blocks * BLOCK_M + tl.arange(0, BLOCK_M)
     query_i, query_j = _split(m, ww, WW)
     query_beyond = _beyond(query_i, query_j, edge_row, edge_column)
@@ -649,10 +645,10 @@ def _window_bwd_pairs_kernel(
     key_i, key_j = _split(n, ww, WW)
     key_beyond = _beyond(key_i, key_j, edge_row, edge_column)
     bias += head * ((2 * TABLE_H - 1) * (2 * TABLE_W - 1))
-    added = _bias(
-        bias, query_i[:, None], query_j[:, None], key_i[None, :], key_j[None, :],
-        (m < tokens)[:, None], (n < tokens)[None, :], TABLE_H, TABLE_W,
-    )  # fmt: skip
+    at_query = _at_query(query_i, query_j, m < tokens, TABLE_H, TABLE_W)
+    at_key = _at_key(key_i, key_j, n < tokens, TABLE_W)
+    added = tl.where(n < tokens, 0.0, float("-inf"))[None, :]
+    added += tl.load(bias + (at_query[:, None] - at_key[None, :]))
     sum_pairs = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for number in range(tl.program_id(1), windows, tl.num_programs(1)):
         image = (number // columns // rows).to(tl.int64)
@@ -695,7 +691,7 @@ def _window_bwd_pairs_kernel(
         at_sums = (image * heads + head) * height * width + query_row * width + query_column
         normal = tl.load(sums + at_sums, mask=query_live, other=float("inf"))
         delta = tl.load(deltas + at_sums, mask=query_live, other=0.0)
-        weights = tl.exp2(scores - normal[:, None])
+        weights = _exp(scores, normal[:, None])
         grad_scores = tl.dot(g, tl.trans(v), input_precision=PRECISION)
         sum_pairs += weights * (grad_scores - delta[:, None])
     part = tl.program_id(1) * heads + head

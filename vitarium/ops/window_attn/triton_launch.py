@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 NARROW = 1 << 31  # elements of an image that 32 bits count
 WHOLE = 1024  # positions of a map that is one window, from where on its products are the bound
 TILE = 64  # positions of the largest window that is one tile
-_LOG2E = math.log2(math.e)
 
 
 def unsupported(call: Call) -> str | None:
@@ -117,7 +116,7 @@ def _arguments(
         "bias": None if bias is None else bias.contiguous(),
         "factor": None if factor is None else factor.contiguous(),
         "pad": None if pad is None else pad.contiguous(),
-        "scale": scale * _LOG2E,
+        "scale": scale,
         **geometry,
         "heads": heads,
         **strides,
@@ -190,12 +189,14 @@ def _forward(
 
     arguments = _arguments({"query": query, "key": key, "value": value}, *rest)
     if _is_tile(window_size):
-        programs = _programs(query, arguments["windows"], 8)
+        arguments = _tiled(arguments)
+        length = arguments["BLOCK_L"]
+        programs = _programs(query, arguments["windows"], 8 * TILE // length)
         _triton.launch(
             kernels._window_fwd_kernel,
             lambda _: (arguments["heads"], programs),
-            _tiled(arguments) | {"out": out},
-            _tile_configs(query),
+            arguments | {"out": out},
+            _tile_configs(query, length),
             _TILE_KEY,
         )
     else:
@@ -203,20 +204,51 @@ def _forward(
             kernels._window_fwd_blocks_kernel,
             _blocks_grid(arguments, "BLOCK_M"),
             _blocked(arguments) | {"out": out, "sums": sums},
-            _block_configs(query),
+            _query_configs(query),
             _BLOCK_KEY,
         )
     return out, sums
 
 
-def _tile_configs(query: Tensor) -> list[Config]:
-    return [Config({}, 4, 2), Config({}, 4, 3), Config({}, 4, 1), Config({}, 2, 2)]
-
-
-def _block_configs(query: Tensor) -> list[Config]:
+def _tile_configs(query: Tensor, length: int) -> list[Config]:
+    """For whole windows in blocks of ``length``: a warp per 16 rows, as tensor cores take them."""
+    warps = length // 16
     if query.dtype == torch.float32:
-        return [Config({"BLOCK_M": 32, "BLOCK_N": 32}, 4, 1)]
-    return [Config({"BLOCK_M": 64, "BLOCK_N": 64}, 4, 2)]
+        return [Config({}, 2 * warps, 1), Config({}, 2 * warps, 2)]
+    if _row_bytes(query) > 128:  # one stage fits every device
+        return [Config({}, 2 * warps, 1), Config({}, warps, 1)]
+    return [Config({}, warps, 2), Config({}, warps, 1), Config({}, warps, 3)]
+
+
+def _query_configs(query: Tensor) -> list[Config]:
+    """For blocks of queries that loop over keys."""
+    if query.dtype == torch.float32:
+        n = 32 if _row_bytes(query) <= 256 else 16
+        shapes = [(32, n, 4, 1), (64, n, 8, 1)]
+    elif _row_bytes(query) > 128:
+        shapes = [(64, 32, 4, 1), (64, 32, 4, 2), (128, 32, 8, 1)]
+    else:
+        shapes = [(64, 64, 4, 1), (64, 64, 4, 2), (64, 32, 4, 1), (64, 32, 4, 2)]
+        shapes += [(128, 64, 8, 1), (128, 32, 8, 2)]
+    return [Config({"BLOCK_M": m, "BLOCK_N": n}, *rest) for m, n, *rest in shapes]
+
+
+def _key_configs(query: Tensor) -> list[Config]:
+    """For blocks of keys that loop over queries; BLOCK_N is the same in all of them.
+
+    It is what gradients of padding are laid out by.
+    """
+    if query.dtype == torch.float32:
+        n, shapes = 32 if _row_bytes(query) <= 256 else 16, [(32, 4, 1), (16, 4, 1)]
+    elif _row_bytes(query) > 128:
+        n, shapes = 32, [(64, 4, 1), (32, 4, 1)]
+    else:
+        n, shapes = 64, [(32, 4, 1), (32, 4, 2), (64, 4, 1), (64, 4, 2)]
+    return [Config({"BLOCK_M": m, "BLOCK_N": n}, *rest) for m, *rest in shapes]
+
+
+def _row_bytes(query: Tensor) -> int:
+    return _triton.block(query.shape[-1]) * query.element_size()
 
 
 def _backward(
@@ -242,7 +274,6 @@ def _backward(
         return found
     maps = {"query": query, "key": key, "value": value, "grad": grad}
     arguments = _arguments(maps, bias, factor, pad, window_size, shift_size, scale, semantics)
-    arguments |= {"mixing_scale": scale}
     if out is None:
         _tile_backward(arguments, *found)
     else:
@@ -265,7 +296,8 @@ def _tile_backward(
     arguments = _tiled(arguments)
     heads, head_dim = grad_query.shape[3:]
     length = arguments["WH"] * arguments["WW"]
-    programs = _programs(grad_query, arguments["windows"], 4)
+    block = arguments["BLOCK_L"]
+    programs = _programs(grad_query, arguments["windows"], 4 * TILE // block)
     pairs, factors, pads = (
         grad_query.new_empty(programs, heads, *tail, dtype=torch.float32) if needed else None
         for needed, tail in (
@@ -280,7 +312,7 @@ def _tile_backward(
         kernels._window_bwd_kernel,
         lambda _: (arguments["heads"], programs),
         arguments | grads | parts,
-        _tile_configs(grad_query),
+        _tile_configs(grad_query, block),
         _TILE_KEY,
     )
     if pairs is not None:
@@ -334,13 +366,13 @@ def _blocks_backward(
 
     count, (heads, head_dim) = arguments["windows"], grad_query.shape[3:]
     given = _blocked(arguments) | {"sums": sums, "deltas": torch.empty_like(sums)}
-    configs = _block_configs(grad_query)
+    configs = _key_configs(grad_query)
     factors = torch.empty_like(sums) if arguments["COSINE"] else None
     _triton.launch(
         kernels._window_bwd_query_kernel,
         _blocks_grid(arguments, "BLOCK_M"),
         given | {"out": out, "grad_query": grad_query, "grad_factor": factors},
-        configs,
+        _query_configs(grad_query),
         _BLOCK_KEY,
     )
     pads = None
@@ -368,7 +400,7 @@ def _blocks_backward(
         blocks = (-(-tokens // meta[x]) for x in ("BLOCK_M", "BLOCK_N"))
         return heads * math.prod(blocks), splits
 
-    rest = {name: x for name, x in given.items() if name not in ("mixing_scale", "HAS_BIAS")}
+    rest = {name: x for name, x in given.items() if name != "HAS_BIAS"}
     _triton.launch(
         kernels._window_bwd_pairs_kernel,
         grid,
