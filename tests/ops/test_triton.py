@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from vitarium.ops import _triton
 from vitarium.ops._triton import Config
 
 pytestmark = pytest.mark.skipif(
-    _triton.find_spec("triton") is None, reason="the package triton is not installed"
+    find_spec("triton") is None, reason="the package triton is not installed"
 )
 
 CONFIGS = [Config({"BLOCK": 16}), Config({"BLOCK": 32}, 8, 3)]
@@ -109,10 +110,17 @@ def test_reasons(monkeypatch):
     assert "129" in _triton.unsupported(maps, torch.zeros(1, 2, 2, 1, 129))
     assert "meta" in _triton.unsupported(maps.to("meta"))
     assert "tests" in _triton.reserved(maps)
-    monkeypatch.setenv("TRITON_INTERPRET", "0")
-    assert _triton.unsupported(maps) == "kernels need a CUDA device, got cpu"
     monkeypatch.setattr(_triton, "find_spec", lambda name: None)
     assert "not installed" in _triton.unsupported(maps)
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    assert _triton.unsupported(maps) == "kernels need a CUDA device, got cpu"
+
+
+def test_old_cards_are_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    assert "8.0" in _triton.device_unsupported(torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    assert _triton.device_unsupported(torch.device("cuda")) is None
 
 
 def test_blocks():

@@ -19,7 +19,8 @@ def test_report(program, monkeypatch, tmp_path):
     assert "VITARIUM_OPS: not set" in lines
     start = lines.index("neighborhood on cpu, with position bias (NAT): aten")
     assert lines[start + 1].startswith("  not reference: only on request")
-    assert lines[start + 2].startswith("  not natten: ")
+    assert lines[start + 2] == "  not triton: its interpreter is for tests"
+    assert lines[start + 3].startswith("  not natten: ")
     assert "neighborhood_scores on cpu, with position bias: aten" in lines
     assert "neighborhood_mix on cpu, any weights: aten" in lines
     cache.mkdir(parents=True)

@@ -15,7 +15,7 @@ import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import cache, lru_cache
+from functools import cache
 from importlib.util import find_spec
 from typing import Any, NamedTuple
 
@@ -46,10 +46,7 @@ def interpreted() -> bool:
 
 def unsupported(*maps: Tensor) -> str | None:
     """Why no kernel takes maps ``[..., head_dim]`` of one dtype and device, or None."""
-    if find_spec("triton") is None:
-        return "the package triton is not installed"
-    device = maps[0].device
-    reason = device_unsupported(device)
+    reason = device_unsupported(maps[0].device)
     if reason is not None:
         return reason
     if maps[0].dtype not in DTYPES:
@@ -60,20 +57,17 @@ def unsupported(*maps: Tensor) -> str | None:
     return None
 
 
+@torch.compiler.assume_constant_result  # not all that it asks can be traced
 def device_unsupported(device: torch.device) -> str | None:
     """Why no kernel runs on a device, or None."""
-    if device.type != "cuda":
-        if device.type == "cpu" and interpreted():
-            return None
+    if device.type != "cuda" and not (device.type == "cpu" and interpreted()):
         return f"kernels need a CUDA device, got {device.type}"
-    if torch.version.hip is None and _capability(device) < (8, 0):
+    if find_spec("triton") is None:
+        return "the package triton is not installed"
+    is_nvidia = device.type == "cuda" and torch.version.hip is None
+    if is_nvidia and torch.cuda.get_device_capability(device) < (8, 0):
         return "kernels need compute capability 8.0 (Ampere) or later"
     return None
-
-
-@lru_cache
-def _capability(device: torch.device) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(device)
 
 
 def reserved(*maps: Tensor) -> str | None:
