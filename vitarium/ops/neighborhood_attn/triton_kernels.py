@@ -7,7 +7,7 @@ their class until they become addresses. Scores are in units of log 2.
 
 Args that kernels share:
     table: ``[heads, 2 * KERNEL_H, 2 * KERNEL_W]``, float32: the bias times log2(e); the last row
-        and the last column mask.
+        and the last column mask. Kernels for several images take the bias as it is given.
     lse, delta: ``[batch, heads, height, width]``, float32: the scores' log-sum-exp, and the dot
         product of the output with its gradient.
     height, width: positions with queries; key_height, key_width: with keys.
