@@ -142,7 +142,7 @@ def routing_attention(
         soft_routing: whether the keys and values of a chosen region are multiplied by its weight,
             the softmax over the chosen regions of ``scale * score``.
         diff_routing: whether gradients flow through these weights.
-        impl: ``"reference"``, ``"aten"`` or ``"auto"``; None leaves the choice to
+        impl: ``"reference"``, ``"triton"``, ``"aten"`` or ``"auto"``; None leaves the choice to
             `vitarium.ops.use_impl`, the environment variable VITARIUM_OPS and ``auto``.
 
     Returns:
@@ -156,6 +156,9 @@ def routing_attention(
     Implementations:
         ``reference``: any device, floating dtype and head_dim; computes in float64; gradients
         of everything; the definition of correct.
+        ``triton``: CUDA from compute capability 8.0 on; float16, bfloat16 and float32, head_dim up
+        to 128, no ``soft_routing``; chosen regions are read where they lie; gradients of query,
+        key, value and ``pad``; deterministic; one op to torch.compile and torch.export.
         ``aten``: any device, floating dtype and head_dim; gradients of everything; deterministic
         on a CPU; one op to torch.compile, ordinary functions to torch.export. Neither it nor its
         gradient ever holds the chosen keys and values of more than a few regions.

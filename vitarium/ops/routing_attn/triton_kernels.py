@@ -165,10 +165,21 @@ def _rows(base, row, column, stride_h, stride_w, UNIT: tl.constexpr):
 
 
 @triton.jit
-def _read(rows, wanted, DIM: tl.constexpr, BLOCK: tl.constexpr):
-    """Tokens [rows, BLOCK], zeros where they are not wanted."""
+def _read(rows, inside, DIM: tl.constexpr, BLOCK: tl.constexpr):
+    """Tokens [rows, BLOCK], zeros where they are not inside."""
     where = rows[:, None] + tl.arange(0, BLOCK)[None, :]
-    return tl.load(where, mask=_mask(wanted, DIM, BLOCK), other=0.0)
+    return tl.load(where, mask=_mask(inside, DIM, BLOCK), other=0.0)
+
+
+@triton.jit
+def _filled(x, inside, pad_ptr, vector, DIM: tl.constexpr, BLOCK: tl.constexpr):
+    """Tokens with a vector of ``pad`` in the place of those that are not inside.
+
+    To read that vector in their place would cost the loads their width.
+    """
+    d = tl.arange(0, BLOCK)
+    fill = tl.load(pad_ptr + vector * DIM + d, mask=d < DIM, other=0.0)
+    return tl.where(inside[:, None], x, fill[None, :])
 
 
 @triton.jit
@@ -229,12 +240,13 @@ def _routing_mean_kernel(
     k_at = (image * k_stride_b + (c // HEAD_DIM).to(tl.int64) * k_stride_n) * UNIT + c % HEAD_DIM
     q_sum = tl.zeros([BLOCK_N, BLOCK_C], tl.float32)
     k_sum = tl.zeros([BLOCK_N, BLOCK_C], tl.float32)
-    for start in range(part * span, tl.minimum(part * span + span, length), BLOCK_N):
+    last = tl.minimum(part * span + span, length)
+    for start in range(part * span, last, BLOCK_N):
         token = start + tl.arange(0, BLOCK_N)
         row, column = _place(
             region, token, key_columns, over_key_columns, region_height, region_width, over_width
         )
-        inside = (token < length) & (row < height) & (column < width)
+        inside = (token < last) & (row < height) & (column < width)
         mask = inside[:, None] & channel[None, :]
         at = (row * q_stride_h + column * q_stride_w) * UNIT
         q_sum += tl.load(q_ptr + at[:, None] + q_at[None, :], mask=mask, other=0.0).to(tl.float32)
@@ -358,13 +370,11 @@ def _routing_fwd_kernel(
                 inside = _inside(y, x, seen, height, width, RAGGED)
             k_rows = _rows(k_base, y, x, k_stride_h, k_stride_w, UNIT)
             v_rows = _rows(v_base, y, x, v_stride_h, v_stride_w, UNIT)
-            wanted = inside
+            k = _read(k_rows, inside, HEAD_DIM, BLOCK_D)
+            v = _read(v_rows, inside, VALUE_DIM, BLOCK_E)
             if PADDED:
-                k_rows = tl.where(inside, k_rows, pad_ptr + (HEADS + head) * HEAD_DIM)
-                v_rows = tl.where(inside, v_rows, pad_ptr + (2 * HEADS + head) * HEAD_DIM)
-                wanted = seen
-            k = _read(k_rows, wanted, HEAD_DIM, BLOCK_D)
-            v = _read(v_rows, wanted, VALUE_DIM, BLOCK_E)
+                k = _filled(k, inside, pad_ptr, HEADS + head, HEAD_DIM, BLOCK_D)
+                v = _filled(v, inside, pad_ptr, 2 * HEADS + head, VALUE_DIM, BLOCK_E)
             scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
             if MASKED:
                 added = _added(mask_ptr, region, there, block, blocks, BLOCK_R)
@@ -502,13 +512,11 @@ def _routing_bwd_query_kernel(
                 inside = _inside(y, x, seen, height, width, RAGGED)
             k_rows = _rows(k_base, y, x, k_stride_h, k_stride_w, UNIT)
             v_rows = _rows(v_base, y, x, v_stride_h, v_stride_w, UNIT)
-            wanted = inside
+            k = _read(k_rows, inside, HEAD_DIM, BLOCK_D)
+            v = _read(v_rows, inside, VALUE_DIM, BLOCK_E)
             if PADDED:
-                k_rows = tl.where(inside, k_rows, pad_ptr + (HEADS + head) * HEAD_DIM)
-                v_rows = tl.where(inside, v_rows, pad_ptr + (2 * HEADS + head) * HEAD_DIM)
-                wanted = seen
-            k = _read(k_rows, wanted, HEAD_DIM, BLOCK_D)
-            v = _read(v_rows, wanted, VALUE_DIM, BLOCK_E)
+                k = _filled(k, inside, pad_ptr, HEADS + head, HEAD_DIM, BLOCK_D)
+                v = _filled(v, inside, pad_ptr, 2 * HEADS + head, VALUE_DIM, BLOCK_E)
             scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
             if MASKED:
                 added = _added(mask_ptr, region, there, block, blocks, BLOCK_R)
@@ -604,13 +612,11 @@ def _routing_bwd_key_kernel(
     k_rows = _rows(base, row, column, k_stride_h, k_stride_w, UNIT)
     base = _at(v_ptr, image, head, v_stride_b, v_stride_n, UNIT)
     v_rows = _rows(base, row, column, v_stride_h, v_stride_w, UNIT)
-    wanted = real
+    k = _read(k_rows, real, HEAD_DIM, BLOCK_D)
+    v = _read(v_rows, real, VALUE_DIM, BLOCK_E)
     if PADDED:
-        k_rows = tl.where(real, k_rows, pad_ptr + (HEADS + head) * HEAD_DIM)
-        v_rows = tl.where(real, v_rows, pad_ptr + (2 * HEADS + head) * HEAD_DIM)
-        wanted = there
-    k = _read(k_rows, wanted, HEAD_DIM, BLOCK_D)
-    v = _read(v_rows, wanted, VALUE_DIM, BLOCK_E)
+        k = _filled(k, real, pad_ptr, HEADS + head, HEAD_DIM, BLOCK_D)
+        v = _filled(v, real, pad_ptr, 2 * HEADS + head, VALUE_DIM, BLOCK_E)
     q_base = _at(q_ptr, image, head, q_stride_b, q_stride_n, UNIT)
     grad_base = _at(grad_ptr, image, head, grad_stride_b, grad_stride_n, UNIT)
     slot = (image * HEADS + head) * query_regions * length

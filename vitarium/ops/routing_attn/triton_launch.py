@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from vitarium.ops import _dispatch, _triton
+from vitarium.ops import _dispatch, _select, _triton
 from vitarium.ops.routing_attn.regions import Axis, cuts, product_flops
 
 if TYPE_CHECKING:
@@ -34,8 +34,9 @@ def unsupported(call: Call) -> str | None:
     """Why no kernel runs a call, or None."""
     if call.soft_routing:
         return "kernels choose regions without weights, got soft_routing"
-    if len(call.query) > _IMAGES:
-        return f"kernels take up to {_IMAGES} images, got {len(call.query)}"
+    images = call.query.shape[0]
+    if not _select.is_exporting() and images > _IMAGES:  # an exported batch shall stay unbounded
+        return f"kernels take up to {_IMAGES} images, got {images}"
     return _triton.unsupported(call.query, call.value)
 
 
@@ -186,7 +187,8 @@ def _forms(arguments: Mapping[str, Any], side: int, small: bool) -> list[tuple[i
     forms = [(side, warps, 2), (side, warps, 3), (side, 2 * warps, 2)]
     if arguments["MASKED"]:  # blocks of keys are those of the masks
         return forms
-    halves = [(max(16, side // 2), warps, stages) for stages in (2, 3)]
+    wide = max(arguments["HEAD_DIM"], arguments["VALUE_DIM"]) > 64
+    halves = [(max(16, side // 2), warps << wide, stages) for stages in (2, 3)]
     return halves + forms if small else forms + halves
 
 
