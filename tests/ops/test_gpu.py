@@ -15,6 +15,7 @@ import torch
 import torch._dynamo
 from harness import gradients
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 import vitarium.ops
 from vitarium.ops import _triton, explain, use_impl
@@ -50,13 +51,18 @@ def computed(call: str, leaves: dict[str, Tensor], rest: dict[str, Any], impl: s
     return {"out": joined.detach()} | gradients(joined, leaves)
 
 
-def copied(leaves: dict[str, Tensor], dtype: torch.dtype | None = None) -> dict[str, Tensor]:
-    return {k: x.detach().to(dtype or x.dtype).requires_grad_() for k, x in leaves.items()}
+def _double(x: Any) -> Any:
+    return x.detach().double() if isinstance(x, Tensor) else x
+
+
+def _copied(leaves: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: _double(x).requires_grad_() for name, x in leaves.items()}
 
 
 def assert_as_exact_as_aten(call: str, dtype: torch.dtype, tiny: bool = False) -> None:
     leaves, rest = function_inputs(call, dtype, tiny)
-    expected = computed(call, copied(leaves, torch.float64), rest, "reference")
+    exact = {k: tree_map(_double, x) for k, x in rest.items()}
+    expected = computed(call, _copied(leaves), exact, "reference")
     aten = computed(call, leaves, rest, "aten")
     found = computed(call, leaves, rest, "triton")
     for name, x in expected.items():

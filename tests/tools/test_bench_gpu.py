@@ -42,6 +42,7 @@ def test_rows(backward):
             continue
         assert row["timed"] == "eager"
         assert row["max_error"] < 0.2
+        assert row["first_s"] >= 0
         assert row["peak_mib"] >= 0
         seconds = row["ms"] / 1e3
         assert row["gb_s"] == pytest.approx(row["bytes"] / seconds / 1e9, abs=0.051)
@@ -239,7 +240,8 @@ def test_csv(tmp_path):
     assert lines[:2] == ["# one", "# two"]
     assert lines[2] == (
         "op,case,batch,dtype,pass,implementation,auto,ms,over_auto,gb_s,tflop_s,copy_percent,"
-        "product_percent,peak_mib,max_error,timed,note,bytes,flops,copy_gb_s,product_tflop_s,device"
+        "product_percent,peak_mib,max_error,first_s,timed,note,bytes,flops,copy_gb_s,"
+        "product_tflop_s,device"
     )
     assert len(lines) == 3 + len(rows)
 

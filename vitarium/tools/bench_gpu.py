@@ -194,7 +194,7 @@ def measured(run: Run, case: OpCase, biased: bool, backward: bool) -> list[Row]:
             calls = [_call(candidate, *each, backward) for each in sets]
             # Whatever a peer's software raises is the reason why it does not take part.
             try:
-                _enter_error(row, calls[0](), expected)
+                row["first_s"] = _first(row, calls[0], expected, run.device)
                 row["peak_mib"] = round(bench.peak_memory(calls[0], run.device), 2)
                 seconds = bench.timed(calls[0], 1, run.device)
                 if seconds > _SLOW:
@@ -274,6 +274,17 @@ def _expected(case: OpCase, inputs: Inputs, probe: Tensor, backward: bool) -> li
         return [out]
     maps = [x for x in first.values() if bench_case.is_map(x)]
     return list(torch.autograd.grad(out, maps, probe[:1].double()))
+
+
+def _first(row: Row, call: Function, expected: list[Tensor] | str, device: torch.device) -> float:
+    """Seconds of the first call, which compiles and tunes; enters its error."""
+    start = time.perf_counter()
+    found = call()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    seconds = round(time.perf_counter() - start, 2)
+    _enter_error(row, found, expected)
+    return seconds
 
 
 def _enter_error(row: Row, found: Sequence[Tensor], expected: list[Tensor] | str) -> None:

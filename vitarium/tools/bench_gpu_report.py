@@ -67,7 +67,8 @@ def row(
 ) -> Row:
     """A row of the results before its candidate has run; ``complete`` ends it.
 
-    ``bytes`` and ``flops`` are the least that a call can do. ``gb_s``, ``tflop_s`` and the percents
+    ``first_s`` is the first call's time: of compiling, and of timing configurations unless these
+    are known from before. ``bytes`` and ``flops`` are the least that a call can do. ``gb_s``, ``tflop_s`` and the percents
     of a copy and of a bfloat16 product, both measured in the same run, are by these.
     """
     return {
@@ -79,7 +80,7 @@ def row(
         "implementation": name,
         "auto": False,
         **dict.fromkeys(("ms", "over_auto", "gb_s", "tflop_s", "copy_percent", "product_percent")),
-        **dict.fromkeys(("peak_mib", "max_error", "timed")),
+        **dict.fromkeys(("peak_mib", "max_error", "first_s", "timed")),
         "note": "",
         "bytes": cost.bytes,
         "flops": cost.flops,
@@ -121,6 +122,7 @@ def show(console: Console, rows: list[Row]) -> None:
         "% product": ("product_percent", ".1f"),
         "peak extra MiB": ("peak_mib", ".1f"),
         "max error": ("max_error", ".0e"),
+        "first call s": ("first_s", ".1f"),
         "timed": ("timed", ""),
     }
     table = [
