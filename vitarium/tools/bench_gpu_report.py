@@ -68,8 +68,9 @@ def row(
     """A row of the results before its candidate has run; ``complete`` ends it.
 
     ``first_s`` is the first call's time: of compiling, and of timing configurations unless these
-    are known from before. ``bytes`` and ``flops`` are the least that a call can do. ``gb_s``, ``tflop_s`` and the percents
-    of a copy and of a bfloat16 product, both measured in the same run, are by these.
+    are known from before. ``bytes`` and ``flops`` are the least that a call can do. ``gb_s``,
+    ``tflop_s`` and the percents of a copy and of a bfloat16 product, both measured in the same run,
+    are by these.
     """
     return {
         "op": case.op,

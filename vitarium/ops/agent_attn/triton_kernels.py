@@ -13,9 +13,6 @@ bias and its gradient) stays in registers while a program runs through the image
 tokens. Scores are [tokens, agents] but for gathering, whose softmax runs along the tokens.
 """
 
-# mypy: ignore-errors
-# ruff: noqa: N803
-
 import triton
 import triton.language as tl
 

@@ -8,9 +8,6 @@ one kernel writes each part's products, one sums them in a fixed order, one mixe
 Either way every map is read once; the gradient of what is mixed is written with the products.
 """
 
-# ruff: noqa: N803
-# mypy: ignore-errors
-
 import triton
 import triton.language as tl
 

@@ -14,9 +14,6 @@ Args that kernels share:
     q_batch, ...: strides in units of UNIT elements, which says how addresses are aligned.
 """
 
-# ruff: noqa: N803
-# mypy: ignore-errors
-
 import triton
 import triton.language as tl
 

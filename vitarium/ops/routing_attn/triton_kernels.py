@@ -17,9 +17,6 @@ come in units of UNIT elements, so that the compiler sees what divides them and 
 Divisors come as numbers to multiply by.
 """
 
-# ruff: noqa: N803
-# mypy: ignore-errors
-
 import triton
 import triton.language as tl
 

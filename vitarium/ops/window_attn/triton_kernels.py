@@ -7,9 +7,6 @@ last row or column have. Where windows are whole axes (WW = 0) their width is kn
 alone.
 """
 
-# ruff: noqa: N803
-# mypy: ignore-errors
-
 import triton
 import triton.language as tl
 
