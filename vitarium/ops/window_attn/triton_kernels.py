@@ -165,6 +165,7 @@ def _window_fwd_kernel(
     SHIFTED: tl.constexpr, PACKED: tl.constexpr, WIDE: tl.constexpr, ALIGN: tl.constexpr,
     PRECISION: tl.constexpr,
     WH: tl.constexpr, WW: tl.constexpr, BLOCK_L: tl.constexpr,
+    RESIDENT: tl.constexpr,  # the grid's
 ):  # fmt: skip
     """Whole windows of one head; its bias stays in registers."""
     head = tl.program_id(0).to(tl.int64)

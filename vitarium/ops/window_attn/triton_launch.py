@@ -191,12 +191,12 @@ def _forward(
     if _is_tile(window_size):
         arguments = _tiled(arguments)
         length = arguments["BLOCK_L"]
-        programs = _programs(query, arguments["windows"], 8 * TILE // length)
+        heads, count = arguments["heads"], arguments["windows"]
         _triton.launch(
             kernels._window_fwd_kernel,
-            lambda _: (arguments["heads"], programs),
+            lambda meta: (heads, _programs(query, count, int(meta["RESIDENT"]))),
             arguments | {"out": out},
-            _tile_configs(query, length),
+            _resident_configs(query, length),
             _TILE_KEY,
         )
     else:
@@ -218,6 +218,19 @@ def _tile_configs(query: Tensor, length: int) -> list[Config]:
     if _row_bytes(query) > 128:  # one stage fits every device
         return [Config({}, 2 * warps, 1), Config({}, warps, 1)]
     return [Config({}, warps, 2), Config({}, warps, 1), Config({}, warps, 3)]
+
+
+def _resident_configs(query: Tensor, length: int) -> list[Config]:
+    """The same, with numbers of programs that a multiprocessor may hold at once.
+
+    A program more than it does hold would start when all others end.
+    """
+    first, *others = _tile_configs(query, length)
+    pairs = [(first, 4), *((x, 4) for x in others), (first, 5), (first, 3), (first, 8)]
+    return [
+        config._replace(blocks={"RESIDENT": resident * TILE // length})
+        for config, resident in pairs
+    ]
 
 
 def _query_configs(query: Tensor) -> list[Config]:
