@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from importlib.util import find_spec
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +12,11 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from vitarium.ops import _select
+
+in_interpreter = pytest.mark.skipif(
+    find_spec("triton") is None or torch.cuda.is_available(),
+    reason="needs Triton, and no GPU: there test_gpu.py runs the kernels themselves",
+)
 
 
 def random_maps(
@@ -57,3 +64,38 @@ def record(monkeypatch: pytest.MonkeyPatch, op: str) -> list[str]:
         recorded = _select.Implementation(spy, implementation.unsupported, implementation.reserved)
         monkeypatch.setitem(_select.ops[op].implementations, name, recorded)
     return ran
+
+
+def computed(
+    function: Callable[..., Tensor], leaves: Mapping[str, Tensor], impl: str, **rest: Any
+) -> dict[str, Tensor]:
+    """The output and the gradients of all leaves, by name."""
+    out = function(**leaves, **rest, impl=impl)
+    return {"out": out.detach(), **gradients(out, leaves)}
+
+
+def assert_as_exact_as_aten(
+    function: Callable[..., Tensor],
+    leaves: Mapping[str, Tensor],
+    few: float = 4,
+    more: Mapping[str, float] | None = None,
+    **rest: Any,
+) -> None:
+    """Kernels are at most three times as far from the definition as ATen in the same precision.
+
+    They may be a ``few`` roundings of the largest number further, and more by name; in float32 of
+    one, where all are small: they may be what remains of larger terms.
+    """
+    exact = {name: x.detach().double().requires_grad_() for name, x in leaves.items()}
+    expected = computed(function, exact, "reference", **rest)
+    aten, found = (computed(function, leaves, impl, **rest) for impl in ("aten", "triton"))
+    assert found["out"].is_contiguous()
+    for name, x in expected.items():
+        assert found[name].dtype == aten[name].dtype == leaves.get(name, leaves["query"]).dtype
+        dtype = found[name].dtype
+        roundings = (more or {}).get(name, few) * torch.finfo(dtype).eps
+        largest = max(float(x.abs().max()), float(dtype == torch.float32))
+        allowed = 3 * float((aten[name].double() - x).abs().max())
+        allowed += roundings * largest
+        error = float((found[name].double() - x).abs().max())
+        assert error <= allowed, f"{name}: error {error:.2e}, allowed {allowed:.2e}"

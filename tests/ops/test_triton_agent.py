@@ -6,11 +6,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import harness
 import pytest
 import torch
 import torch.nn.functional as F
 from golden import op_case, sample
-from harness import flops, gradients, record
+from harness import flops, gradients, in_interpreter, record
 from test_agent_attention import GOLDENS, SHAPES, Attention, attend, composed, inputs
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -20,7 +21,7 @@ from vitarium.ops.agent_attn import triton_launch
 
 pytestmark = [
     pytest.mark.usefixtures("nan_memory"),
-    pytest.mark.skipif(not _triton.interpreted(), reason="Triton's interpreter is off"),
+    in_interpreter,
 ]
 
 
@@ -42,26 +43,17 @@ def copied(leaves: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
     return {name: x.detach().to(dtype).requires_grad_() for name, x in leaves.items()}
 
 
+def attending(agent_size: Any) -> Callable[..., Tensor]:
+    """All tokens' attention as a function of leaves."""
+    return lambda impl, **leaves: attend(leaves, agent_size, impl=impl)
+
+
 def computed(leaves: dict[str, Tensor], agent_size: Any, impl: str = "triton") -> dict[str, Tensor]:
-    """The output and the gradients of all leaves."""
-    out = attend(leaves, agent_size, impl=impl)
-    return {"out": out.detach(), **gradients(out, leaves)}
+    return harness.computed(attending(agent_size), leaves, impl)
 
 
-def assert_as_exact_as_aten(
-    leaves: dict[str, Tensor], agent_size: Any, found: dict[str, Tensor] | None = None
-) -> None:
-    """At most 3x the error of ATen in the same precision, against the definition in float64."""
-    found = computed(leaves, agent_size) if found is None else found
-    expected = computed(copied(leaves, torch.float64), agent_size, "reference")
-    aten = computed(leaves, agent_size, "aten")
-    for name, x in expected.items():
-        dtype = found[name].dtype
-        assert dtype == aten[name].dtype, name
-        least = 1.0 if dtype == torch.float32 else 0.0  # of a few terms that cancel
-        floor = 4 * torch.finfo(dtype).eps * max(float(x.abs().max()), least)
-        allowed = 3 * float((aten[name].double() - x).abs().max()) + floor
-        assert (found[name].double() - x).abs().max() <= allowed, name
+def assert_as_exact_as_aten(leaves: dict[str, Tensor], agent_size: Any) -> None:
+    harness.assert_as_exact_as_aten(attending(agent_size), leaves)
 
 
 # Numbers.
@@ -169,7 +161,7 @@ def test_every_configuration(
     assert_as_exact_as_aten(leaves, agent_size)
     assert max(lengths) > 1
     for wanted[0] in range(1, max(lengths)):
-        assert_as_exact_as_aten(leaves, agent_size, computed(leaves, agent_size))
+        assert_as_exact_as_aten(leaves, agent_size)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

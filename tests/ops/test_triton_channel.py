@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import harness
 import pytest
 import torch
 from golden import op_case, sample
-from harness import flops, gradients, random_maps, record
+from harness import flops, gradients, in_interpreter, random_maps, record
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -17,16 +19,15 @@ from vitarium.ops.channel_attn import triton_launch
 
 pytestmark = [
     pytest.mark.usefixtures("nan_memory"),
-    pytest.mark.skipif(torch.cuda.is_available(), reason="kernels run on the card"),
-    pytest.mark.skipif(
-        _triton.find_spec("triton") is None, reason="the package triton is not installed"
-    ),
+    in_interpreter,
 ]
 
 GOLDENS = sorted(Path(__file__).parents[1].glob("golden/ops/channel_attention_*.json"))
 MODES = ("davit", "florence")
 HALVES = (torch.float16, torch.bfloat16)
 OPS = torch.ops.vitarium
+computed = partial(harness.computed, channel_attention)
+assert_as_exact_as_aten = partial(harness.assert_as_exact_as_aten, channel_attention)
 
 
 @pytest.fixture
@@ -61,25 +62,6 @@ def inputs(
     """Random leaves, strided like three views of one projection."""
     found, _ = random_maps(size, dtype, batch, heads, head_dim)
     return {name: x.requires_grad_() for name, x in found.items()}
-
-
-def computed(leaves: dict[str, Tensor], impl: str, **rest: Any) -> dict[str, Tensor]:
-    """The output and all gradients."""
-    out = channel_attention(**leaves, **rest, impl=impl)
-    return {"out": out.detach(), **gradients(out, leaves)}
-
-
-def assert_as_exact_as_aten(leaves: dict[str, Tensor], **rest: Any) -> None:
-    """At most three times aten's error, or a few units in the last place of the largest value."""
-    exact = {n: x.detach().double().requires_grad_() for n, x in leaves.items()}
-    expected = computed(exact, "reference", **rest)
-    aten, found = computed(leaves, "aten", **rest), computed(leaves, "triton", **rest)
-    assert found["out"].is_contiguous()
-    for name, x in expected.items():
-        assert found[name].dtype == leaves["query"].dtype
-        allowed = 3 * float((aten[name] - x).abs().max())
-        allowed = max(allowed, 2 * torch.finfo(found[name].dtype).eps * float(x.abs().max()))
-        assert float((found[name] - x).abs().max()) <= allowed, name
 
 
 @pytest.mark.parametrize("path", GOLDENS, ids=lambda path: path.stem)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import itertools
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import harness
 import pytest
 import torch
 from calls_neighborhood import CALLS
 from golden import op_case, sample
-from harness import flops, gradients, random_maps, record
+from harness import flops, gradients, in_interpreter, random_maps, record
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -19,10 +21,7 @@ from vitarium.ops.neighborhood_attn import triton_launch
 
 pytestmark = [
     pytest.mark.usefixtures("nan_memory"),
-    pytest.mark.skipif(
-        _triton.find_spec("triton") is None, reason="the package triton is not installed"
-    ),
-    pytest.mark.skipif(torch.cuda.is_available(), reason="there a GPU runs them: test_gpu.py"),
+    in_interpreter,
 ]
 
 GOLDENS = sorted(Path(__file__).parents[1].glob("golden/ops/neighborhood2d_[0-9]*.json"))
@@ -61,10 +60,7 @@ def inputs(
     return {name: x.requires_grad_() for name, x in found.items()}
 
 
-def results(leaves: dict[str, Tensor], impl: str, **call: Any) -> dict[str, Tensor]:
-    """Output and gradients."""
-    out = neighborhood_attention(**leaves, **call, impl=impl)
-    return {"out": out.detach(), **gradients(out, leaves)}
+results = partial(harness.computed, neighborhood_attention)
 
 
 def exact(leaves: dict[str, Tensor], **call: Any) -> dict[str, Tensor]:

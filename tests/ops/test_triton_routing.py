@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import harness
 import pytest
 import torch
 from calls_routing import CALLS
 from golden import op_case, sample
-from harness import flops, gradients, random_maps, record
+from harness import flops, gradients, in_interpreter, random_maps, record
 from test_routing import FORMS, GOLDENS
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -19,10 +20,7 @@ from vitarium.ops.routing_attn import triton_launch
 
 pytestmark = [
     pytest.mark.usefixtures("nan_memory"),
-    pytest.mark.skipif(torch.cuda.is_available(), reason="test_gpu.py runs the kernels themselves"),
-    pytest.mark.skipif(
-        _triton.find_spec("triton") is None, reason="the package triton is not installed"
-    ),
+    in_interpreter,
 ]
 
 # (H, W), num_regions, topk, padded with pad
@@ -59,26 +57,16 @@ def inputs(
     return {name: x.requires_grad_() for name, x in found.items()}
 
 
-def computed(
-    leaves: dict[str, Tensor], args: dict[str, Any], impl: str, dtype: torch.dtype | None = None
-) -> dict[str, Tensor]:
-    """The output and all gradients."""
-    own = {n: x.detach().to(dtype or x.dtype).requires_grad_() for n, x in leaves.items()}
-    out = routing_attention(**own, **args, impl=impl)
-    assert out.is_contiguous()
-    return {"out": out.detach()} | gradients(out, own)
+def owned(leaves: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: x.detach().requires_grad_() for name, x in leaves.items()}
+
+
+def computed(leaves: dict[str, Tensor], args: dict[str, Any], impl: str) -> dict[str, Tensor]:
+    return harness.computed(routing_attention, owned(leaves), impl, **args)
 
 
 def assert_as_exact_as_aten(leaves: dict[str, Tensor], args: dict[str, Any]) -> None:
-    expected = computed(leaves, args, "reference", torch.float64)
-    aten, found = (computed(leaves, args, impl) for impl in ("aten", "triton"))
-    assert found.keys() == expected.keys()
-    for name, x in expected.items():
-        assert found[name].dtype == leaves["query"].dtype
-        floor = 4 * torch.finfo(found[name].dtype).eps * (1 + x.abs().max())
-        allowed = 3 * (aten[name].double() - x).abs().max() + floor
-        error = (found[name].double() - x).abs().max()
-        assert error <= allowed, f"{name}: error {error:.2e}, allowed {allowed:.2e}"
+    harness.assert_as_exact_as_aten(routing_attention, owned(leaves), few=8, **args)
 
 
 @pytest.mark.parametrize(

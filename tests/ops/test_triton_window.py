@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import harness
 import pytest
 import torch
 from golden import op_case, sample
-from harness import flops, gradients, random_maps, record
+from harness import flops, gradients, in_interpreter, random_maps, record
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -18,10 +20,7 @@ from vitarium.ops.window_attn import triton_launch
 
 pytestmark = [
     pytest.mark.usefixtures("nan_memory", "few_programs"),
-    pytest.mark.skipif(torch.cuda.is_available(), reason="kernels run on the card"),
-    pytest.mark.skipif(
-        _triton.find_spec("triton") is None, reason="the package triton is not installed"
-    ),
+    in_interpreter,
 ]
 
 GOLDENS = [
@@ -30,6 +29,13 @@ GOLDENS = [
 ]  # the sixth has windows of 12x12
 HALVES = (torch.float16, torch.bfloat16)
 OPS = torch.ops.vitarium
+computed = partial(harness.computed, window_attention)
+assert_as_exact_as_aten = partial(
+    harness.assert_as_exact_as_aten,
+    window_attention,
+    few=8,
+    more={"logit_scale": 32},  # it sums what cancels over all pairs
+)
 TILE = ["_window_fwd_kernel", "_window_bwd_kernel"]
 BLOCKS = ["_window_fwd_blocks_kernel", "_window_bwd_query_kernel", "_window_bwd_key_kernel"]
 TABLE = "_window_bwd_table_kernel"
@@ -80,28 +86,6 @@ def inputs(
     if padded:
         found["pad"] = normal(3, heads, head_dim)
     return {name: x.requires_grad_() for name, x in found.items()}
-
-
-def computed(leaves: dict[str, Tensor], impl: str, **rest: Any) -> dict[str, Tensor]:
-    """The output and all gradients."""
-    out = window_attention(**leaves, **rest, impl=impl)
-    return {"out": out.detach(), **gradients(out, leaves)}
-
-
-def assert_as_exact_as_aten(leaves: dict[str, Tensor], **rest: Any) -> None:
-    """At most three times aten's error and a few roundings of the largest of a sum's terms."""
-    exact = {n: x.detach().double().requires_grad_() for n, x in leaves.items()}
-    expected = computed(exact, "reference", **rest)
-    aten, found = computed(leaves, "aten", **rest), computed(leaves, "triton", **rest)
-    assert found["out"].is_contiguous()
-    for name, x in expected.items():
-        assert found[name].dtype == leaves.get(name, leaves["query"]).dtype
-        eps = torch.finfo(found[name].dtype).eps
-        few = 32 if name == "logit_scale" else 8  # it sums what cancels over all pairs
-        allowed = 3 * float((aten[name] - x).abs().max())
-        allowed += few * eps * max(1, float(x.abs().max()))
-        error = float((found[name] - x).abs().max())
-        assert error <= allowed, f"{name}: error {error:.2e}, allowed {allowed:.2e}"
 
 
 @pytest.mark.parametrize("path", GOLDENS)
