@@ -33,7 +33,8 @@ class Implementation:
 
     def passed(self, call: Any) -> str | None:
         """Why ``auto`` does not take it for ``call``, or None."""
-        return self.unsupported(call) or self.reserved(call)
+        # in this order: limits would become conditions of programs that are exported
+        return self.reserved(call) or self.unsupported(call)
 
 
 def on_request(call: Any) -> str | None:
