@@ -169,6 +169,18 @@ def test_kernels_compile_for_a_card_that_is_not_there(op, tmp_path, monkeypatch)
         assert row["shared"] <= 99 * 1024, row  # of any card of capability 8.0 on
 
 
+def test_the_tuner_takes_every_argument_and_remembers(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.delenv("VITARIUM_AUTOTUNE", raising=False)
+    launches = [row["kernel"] for row in compiled("channel", "--tune", "--count", "1")]
+    names = ("products", "weights", "fwd", "bwd_products", "weights", "bwd")
+    once = [f"_channel_{name}_kernel" for name in names]
+    assert launches[-len(once) :] == once  # the second time
+    assert list(dict.fromkeys(launches)) == list(dict.fromkeys(once))
+    assert launches.count("_channel_fwd_kernel") > 3  # the first time all configurations
+    assert len([*tmp_path.rglob("*.autotune.json")]) == 4
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", ["80", "90"])
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])

@@ -2,7 +2,8 @@
 
 ``python tests/ops/triton_compiled.py [OP ...] [--arch 90] [--dtype bfloat16] [--first]`` prints a
 JSON object per kernel and configuration: registers, bytes spilled, shared memory. Launches go
-through the ops as on a GPU, so this compiles what would run there; nothing runs.
+through the ops as on a GPU, so this compiles what would run there; nothing runs. With ``--tune``
+they go through Triton's autotuner too, twice, and each launch is printed.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
+from triton.runtime.jit import JITFunction
 
 import vitarium.ops
 from vitarium.ops import _triton
@@ -50,6 +52,13 @@ class AbsentGPU:
     def get_current_stream(self, device: int) -> int:
         return 0
 
+    def get_benchmarker(self) -> Callable[..., list[float]]:
+        def benchmark(call: Callable[[], Any], quantiles: Sequence[float]) -> list[float]:
+            call()
+            return [1.0 for _ in quantiles]
+
+        return benchmark
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
@@ -59,6 +68,7 @@ def main() -> None:
     parser.add_argument("--call", help="only calls whose name holds this")
     parser.add_argument("--count", type=int, help="only so many calls of each op")
     parser.add_argument("--first", action="store_true", help="only the first configuration")
+    parser.add_argument("--tune", action="store_true", help="by way of the autotuner")
     parser.add_argument("--sass", help="a folder for the machine code")
     args = parser.parse_args()
     driver.set_active(AbsentGPU(args.arch))
@@ -93,8 +103,11 @@ def main() -> None:
                 sass.with_suffix(".sass").write_text(found.asm["sass"])
                 sass.with_suffix(".ttgir").write_text(found.asm["ttgir"])
 
-    _triton.launch = compile_only
-    for op in args.ops or OPS:
+    if args.tune:
+        tune_only()
+    else:
+        _triton.launch = compile_only
+    for op in (args.ops or OPS) * (2 if args.tune else 1):
         for name, make in islice(import_module(f"calls_{op}").CALLS.items(), args.count):
             if args.call and args.call not in name:
                 continue
@@ -104,6 +117,19 @@ def main() -> None:
             out = function(**leaves, **rest, impl="triton")
             outs = out if isinstance(out, tuple) else (out,)
             torch.autograd.grad(outs, list(leaves.values()), [torch.ones_like(x) for x in outs])
+
+
+def tune_only() -> None:
+    """Launches compile and are printed; the tuner finds all configurations equally fast."""
+    torch.cuda.is_current_stream_capturing = lambda: False
+    run = JITFunction.run
+
+    def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
+        sizes = grid(kwargs) if callable(grid) else grid
+        print(json.dumps({"kernel": self.__name__, "grid": sizes}), flush=True)
+        return run(self, *args, grid=sizes, warmup=True, **kwargs)
+
+    JITFunction.run = compile_only
 
 
 def resources(ptx: str, arch: int) -> dict[str, int]:
