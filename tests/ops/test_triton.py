@@ -20,6 +20,7 @@ pytestmark = pytest.mark.skipif(
     find_spec("triton") is None, reason="the package triton is not installed"
 )
 
+OPS = ("window", "neighborhood", "routing", "agent", "channel")
 CONFIGS = [Config({"BLOCK": 16}), Config({"BLOCK": 32}, 8, 3)]
 
 
@@ -158,7 +159,7 @@ def compiled(*arguments: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in run.stdout.splitlines()]
 
 
-@pytest.mark.parametrize("op", ["window", "neighborhood", "routing", "agent", "channel"])
+@pytest.mark.parametrize("op", OPS)
 def test_kernels_compile_for_a_card_that_is_not_there(op, tmp_path, monkeypatch):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     rows = compiled(op, "--first", "--count", "1")
@@ -186,5 +187,8 @@ def test_the_tuner_takes_every_argument_and_remembers(tmp_path, monkeypatch):
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
 def test_every_configuration_compiles(dtype, arch, tmp_path, monkeypatch):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    for row in compiled("--dtype", dtype, "--arch", arch):
+    rows = compiled("--dtype", dtype, "--arch", arch)
+    kernels = [row for row in rows if "kernel" in row]
+    assert {row["kernel"].split("_")[1] for row in kernels} == {*OPS}
+    for row in kernels:
         assert row["shared"] <= 227 * 1024, row

@@ -113,6 +113,10 @@ def main() -> None:
                 continue
             label = f"{op} {name} {args.dtype}"
             leaves, rest = make(DTYPES[args.dtype], torch.device("cpu"), True)
+            reason = vitarium.ops.explain(op, **leaves, **rest).reasons["triton"]
+            if reason is not None:
+                print(json.dumps({"call": label, "unsupported": reason}), flush=True)
+                continue
             function = getattr(vitarium.ops, f"{op}_attention")
             out = function(**leaves, **rest, impl="triton")
             outs = out if isinstance(out, tuple) else (out,)
