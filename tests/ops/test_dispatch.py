@@ -8,6 +8,7 @@ import torch
 
 from vitarium.ops import (
     _dispatch,
+    _select,
     neighborhood_attention,
     neighborhood_mix,
     neighborhood_scores,
@@ -43,3 +44,18 @@ def test_autocast_changes_nothing(op, dtype):
             found.append((out, *torch.autograd.grad(out.float().square().sum(), args)))
     for plain, cast in zip(*found, strict=True):
         assert torch.equal(plain, cast)
+
+
+class Asking(torch.nn.Module):
+    """Adds 1 where programs are exported, else 2."""
+
+    def forward(self, x):
+        return x + 1 if _select.is_exporting() else x + 2
+
+
+def test_compiled_programs_are_not_exported_ones():
+    zero = torch.zeros(1)
+    assert torch.compile(Asking(), backend="eager", fullgraph=True)(zero) == 2
+    for strict in (False, True):
+        assert torch.export.export(Asking(), (zero,), strict=strict).module()(zero) == 1
+    assert torch.jit.trace(Asking(), zero)(zero) == 1

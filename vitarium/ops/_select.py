@@ -187,9 +187,11 @@ def is_tracing() -> bool:
 def is_exporting() -> bool:
     """Whether the graph being recorded must run without vitarium, so without our dispatcher ops.
 
-    Torch 2.10 says so of everything that it compiles; ordinary functions are right there too.
+    Torch 2.10 and 2.11 answer the public question with yes in everything that they compile.
     """
-    return torch.compiler.is_exporting() or torch.jit.is_tracing()
+    flag = getattr(torch.compiler, "_is_exporting_flag", None)
+    exporting = torch.compiler.is_exporting() if flag is None else flag
+    return bool(exporting) or torch.jit.is_tracing()
 
 
 def larger(size: int, other: int) -> int:
