@@ -27,21 +27,7 @@ MODES = ("davit", "florence")
 HALVES = (torch.float16, torch.bfloat16)
 OPS = torch.ops.vitarium
 computed = partial(harness.computed, channel_attention)
-assert_as_exact_as_aten = partial(harness.assert_as_exact_as_aten, channel_attention)
-
-
-@pytest.fixture
-def kernels(monkeypatch):
-    """Names of the kernels in the order in which they are launched."""
-    names: list[str] = []
-    launch = _triton.launch
-
-    def recorded(kernel: Any, *args: Any) -> None:
-        names.append(kernel.__name__)
-        launch(kernel, *args)
-
-    monkeypatch.setattr(_triton, "launch", recorded)
-    return names
+assert_as_exact_as_aten = partial(harness.assert_as_exact_as_aten, channel_attention, few=2)
 
 
 @pytest.fixture(params=[False, True], ids=["alone", "parts"])

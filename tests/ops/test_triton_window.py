@@ -50,20 +50,6 @@ def few_programs(monkeypatch):
     monkeypatch.setattr(triton_launch, "_key_configs", lambda *_: [config])
 
 
-@pytest.fixture
-def kernels(monkeypatch):
-    """Names of the kernels in the order in which they are launched."""
-    names: list[str] = []
-    launch = _triton.launch
-
-    def recorded(kernel: Any, *args: Any) -> None:
-        names.append(kernel.__name__)
-        launch(kernel, *args)
-
-    monkeypatch.setattr(_triton, "launch", recorded)
-    return names
-
-
 def inputs(
     size: tuple[int, int],
     window: Any,
