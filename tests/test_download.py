@@ -264,7 +264,9 @@ def test_names_that_leave_the_cache_are_refused(name):
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({}, "expected a url"),
+        ({}, "expected one of url"),
+        ({"url": "https://example.org/x.pth", "manual": "ask"}, "expected one of url"),
+        ({"url": "https://example.org/x.pth", "task": "depth"}, "task"),
         ({"url": "file:///etc/passwd"}, "url"),
         ({"url": "ftp://example.org/x.pth"}, "url"),
         ({"url": "https://example.org/a b.pth"}, "url"),

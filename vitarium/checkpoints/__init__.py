@@ -1,10 +1,11 @@
 """Checkpoints: find, download, verify, read, convert and load them, whole or not at all."""
 
-from vitarium.checkpoints.download import Weight, fetch
+from vitarium.checkpoints.download import fetch
 from vitarium.checkpoints.errors import CheckpointError
 from vitarium.checkpoints.files import read
 from vitarium.checkpoints.loading import Report, compare, convert, load
 from vitarium.checkpoints.renames import Renames
+from vitarium.checkpoints.weights import Weight
 from vitarium.checkpoints.wrappers import unwrap
 
 __all__ = [

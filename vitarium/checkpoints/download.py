@@ -6,7 +6,6 @@ import hashlib
 import http.client
 import json
 import os
-import re
 import shutil
 import sys
 import time
@@ -16,7 +15,6 @@ import urllib.request
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +23,9 @@ from filelock import FileLock
 
 from vitarium.checkpoints.errors import CheckpointError
 from vitarium.checkpoints.files import KINDS, check_structure, kind_of
-from vitarium.checkpoints.wrappers import WRAPPERS
+from vitarium.checkpoints.weights import Weight, checked_name
 
 _PACKAGED = Path(__file__).resolve().parent.parent / "backbones" / "weights"
-_NAME = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9_+-]|\.(?!\.)){0,150}")
-_ADDRESS = re.compile(r"https?://([\w.-]+|\[[0-9a-fA-F:.]+\])(:[0-9]+)?/[!-~]*", re.ASCII)
 _SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")
 _CHUNK = 1 << 20
 _HEAD = 512  # bytes that tell what a file is; less may be a broken connection
@@ -37,56 +33,6 @@ _TIMEOUT = 30.0  # seconds without a byte
 _PAUSES = (0.5, 2.0)  # seconds before the second and the third attempt at one address
 _LONGEST_PAUSE = 20.0  # seconds, where a server asks for more
 _TRANSIENT = {408, 425, 429, 500, 502, 503, 504}
-
-
-@dataclass(frozen=True)
-class Weight:
-    """Where a checkpoint is, and what is known about the file.
-
-    Attributes:
-        url: its address, http or https.
-        mirrors: further addresses of the same file, tried in order.
-        size: in bytes.
-        sha256: 64 lower-case hexadecimal digits.
-        wrapper: what surrounds the tensors in it, ``plain`` or a name that `unwrap` knows; None
-            where that is not stated, and `unwrap` searches.
-        licence: of the weights, as their authors state it.
-        manual: how a person gets the file, where no program can.
-        file: name of a file that ships inside this package.
-    """
-
-    url: str | None = None
-    mirrors: tuple[str, ...] = ()
-    size: int | None = None
-    sha256: str | None = None
-    wrapper: str | None = None
-    licence: str = "none stated"
-    manual: str | None = None
-    file: str | None = None
-
-    def __post_init__(self) -> None:
-        for address in self.addresses:
-            if not _ADDRESS.fullmatch(address):
-                raise ValueError(f"url: expected an http or https address, got {address!r}")
-        if self.mirrors and self.url is None:
-            raise ValueError("mirrors: expected a url that they mirror, got None")
-        if self.url is None and self.manual is None and self.file is None:
-            raise ValueError("Weight: expected a url, a file or manual instructions, got none")
-        if self.size is not None and self.size <= 0:
-            raise ValueError(f"size: expected a number of bytes, got {self.size!r}")
-        if self.sha256 is not None and not re.fullmatch("[0-9a-f]{64}", self.sha256):
-            raise ValueError(
-                f"sha256: expected 64 lower-case hexadecimal digits, got {self.sha256!r}"
-            )
-        if self.wrapper not in (None, "plain", *WRAPPERS):
-            raise ValueError(f"wrapper: expected plain or one of {WRAPPERS}, got {self.wrapper!r}")
-        if self.file is not None:
-            _checked_name(self.file, "file")
-
-    @property
-    def addresses(self) -> tuple[str, ...]:
-        """The url, then its mirrors."""
-        return (() if self.url is None else (self.url,)) + self.mirrors
 
 
 def fetch(weight: Weight, name: str, progress: bool | None = None) -> Path:
@@ -110,13 +56,15 @@ def fetch(weight: Weight, name: str, progress: bool | None = None) -> Path:
         CheckpointError: the file cannot be had, or what came is not it; the message names the
             addresses and what each one answered.
     """
-    _checked_name(name, "name")
+    checked_name(name, "name")
     if weight.file is not None:
         packaged = _PACKAGED / weight.file
         fault = _fault(packaged, weight.size, weight.sha256)
         if fault is not None:
             raise CheckpointError(f"{name}: {packaged}: {fault}; install the package again")
         return packaged
+    if weight.unreleased is not None:
+        raise CheckpointError(f"{name}: not released: {weight.unreleased}")
     if weight.url is None:
         raise CheckpointError(
             f"{name}: no program can fetch this file. {weight.manual}. "
@@ -133,13 +81,6 @@ def fetch(weight: Weight, name: str, progress: bool | None = None) -> Path:
         raise CheckpointError(
             f"{name}: cannot write to the cache {path.parent}: {error}"
         ) from error
-
-
-def _checked_name(name: str, argument: str) -> None:
-    if not _NAME.fullmatch(name):
-        raise CheckpointError(
-            f"{argument}: expected a plain file name of letters, digits and . _ + -, got {name!r}"
-        )
 
 
 def _cache_path(url: str, name: str) -> Path:
