@@ -11,6 +11,7 @@ import os
 import pickle
 import tarfile
 import zipfile
+from pathlib import Path
 
 import pytest
 import timm
@@ -253,6 +254,35 @@ def test_read_goes_by_content_not_by_name(write, tmp_path):
         assert {k: v.tolist() for k, v in read(tmp_path / name).items()} == {
             k: v.tolist() for k, v in STATE.items()
         }
+
+
+@pytest.mark.parametrize("name", ["x.pth", "x.safetensors"])
+@pytest.mark.parametrize("write", FORMATS.values(), ids=FORMATS.keys())
+def test_a_mapped_file_holds_the_same_tensors_and_is_never_written_to(write, name, tmp_path):
+    path, data = tmp_path / name, write(STATE)
+    path.write_bytes(data)
+    mapped = read(path, mmap=True)
+    assert same(mapped, STATE)
+    for tensor in mapped.values():
+        tensor += 1
+    assert path.read_bytes() == data
+
+
+def own_bytes() -> int:
+    """Memory of this process that no file backs."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.partition("RssAnon:")[2].split()[0]) << 10
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="asks Linux")
+@pytest.mark.parametrize("write", [save, zipped], ids=["safetensors", "zip"])
+def test_a_mapped_file_takes_no_memory_of_its_own(write, tmp_path):
+    size = 32 << 20
+    (tmp_path / "x.pth").write_bytes(write({"a": torch.ones(size // 4)}))
+    before = own_bytes()
+    mapped = read(tmp_path / "x.pth", mmap=True)
+    assert mapped["a"].sum() == size // 4
+    assert own_bytes() - before < size // 4
 
 
 def test_a_header_whose_length_looks_like_a_pickle_is_safetensors(tmp_path):

@@ -42,11 +42,18 @@ _MAGIC = (
 _lock = threading.Lock()
 
 
-def read(path: str | os.PathLike[str]) -> dict[str, Any]:
+def read(path: str | os.PathLike[str], mmap: bool = False) -> dict[str, Any]:
     """What a checkpoint file holds: tensors by name, or a dictionary around them.
 
     The content decides, not the file's name. Pickles are read with ``weights_only=True`` and
     never otherwise, by torch 2.10 or newer; nothing in the file is run.
+
+    Args:
+        path: the file.
+        mmap: whether the tensors of a zip checkpoint stay in the file, as safetensors' always
+            do, and are paged in where they are used: little private memory is taken, and the
+            file must stay as it is for as long as they live. torch's format before 1.6 cannot,
+            nor a zip checkpoint named ``.safetensors``: these are read into memory.
 
     Returns:
         Tensors on the CPU, by name, or whatever dictionary was saved; `unwrap` finds the
@@ -62,7 +69,7 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
         kind = check_structure(path)
         if kind == "safetensors":
             return load_file(path)
-        return _unpickle(path)
+        return _unpickle(path, mmap and kind == "zip")
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from error.__cause__
     except (OSError, SafetensorError) as error:
@@ -207,7 +214,7 @@ def _check_zip(path: Path, size: int) -> None:
         raise CheckpointError("damaged: its entries claim more bytes than the file has")
 
 
-def _unpickle(path: Path) -> dict[str, Any]:
+def _unpickle(path: Path, mmap: bool) -> dict[str, Any]:
     if TorchVersion(torch.__version__) < _FIRST_SAFE_TORCH:
         raise CheckpointError(
             f"a pickle is read safely from torch {_FIRST_SAFE_TORCH} on, and this is torch "
@@ -215,10 +222,13 @@ def _unpickle(path: Path) -> dict[str, Any]:
         )
     try:
         # Training scripts save their arguments beside the weights: a bag of plain values.
-        # The list of what may be unpickled is torch's, and one for all threads. An open file,
-        # because torch.load would go by the ending of a name.
+        # The list of what may be unpickled is torch's, and one for all threads.
         with _lock, torch.serialization.safe_globals([argparse.Namespace]), path.open("rb") as file:
-            loaded = torch.load(file, map_location="cpu", weights_only=True)
+            # torch.load would take a name with this ending for the other format.
+            if mmap and path.suffix != ".safetensors":
+                loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            else:
+                loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=False)
     except Exception as error:  # a damaged pickle can raise anything, and nothing of it is ours
         refused = re.findall(r"GLOBAL ([\w.]+) ", str(error))
         if refused:
