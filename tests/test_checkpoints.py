@@ -9,6 +9,7 @@ import io
 import json
 import os
 import pickle
+import re
 import tarfile
 import zipfile
 from pathlib import Path
@@ -25,6 +26,7 @@ from vitarium.checkpoints import (
     Renames,
     compare,
     convert,
+    files,
     load,
     read,
     renames,
@@ -340,7 +342,7 @@ def scripted() -> bytes:
         (tarred(), "tar archive"),
         (archive({"readme.txt": b"hello"}), "another zip"),
         (scripted(), "TorchScript"),
-        (archive({"x/data.pkl": bytes(100000)}, zipfile.ZIP_DEFLATED), "claim more bytes"),
+        (archive({"x/data.pkl": bytes(100000)}, zipfile.ZIP_DEFLATED), "is packed"),
         (bytes(1000), "unknown format"),
         (pickle.dumps({"a": torch.ones(2).numpy()}, protocol=2), "refused.*numpy"),
         (zipped([1, 2]), "dictionary, got list"),
@@ -374,7 +376,9 @@ def entry(dtype="F32", shape=(2,), offsets=(0, 8)) -> dict:
     ("data", "message"),
     [
         (safetensors_file({"a": entry(offsets=(0, 4))}), r"\[2\] of F32 in 4 bytes"),
-        (safetensors_file({"a": entry(shape=(2**62, 2**62))}), "of F32 in 8 bytes"),
+        (safetensors_file({"a": entry(shape=(2**62,))}), "of F32 in 8 bytes"),
+        (safetensors_file({"a": entry(shape=(2**62, 2**62))}), "describes a"),
+        (safetensors_file({"a": entry(shape=(0, 2**62, 2**62), offsets=(0, 0))}), "describes a"),
         (safetensors_file({"a": entry(shape=(-1,))}), "describes a"),
         (safetensors_file({"a": entry(shape=(True,))}), "describes a"),
         (safetensors_file({"a": entry(dtype="F31")}), "describes a"),
@@ -391,6 +395,165 @@ def test_a_safetensors_header_is_checked_before_any_tensor(data, message, tmp_pa
     path = tmp_path / "x.safetensors"
     path.write_bytes(data)
     with pytest.raises(CheckpointError, match=message):
+        read(path)
+
+
+@pytest.mark.parametrize("write", FORMATS.values(), ids=FORMATS.keys())
+def test_an_outline_is_what_read_returns_without_data(write, tmp_path):
+    state = {"a": torch.ones(2, 3).half(), "b": torch.arange(4), "empty": torch.ones(0, 2)}
+    if write is not save:
+        state = {"model": state, "epoch": 3}
+    (tmp_path / "x.pth").write_bytes(write(state))
+    whole, outline = (f(tmp_path / "x.pth") for f in (read, checkpoints.outline))
+    assert list(outline) == list(whole)
+    assert outline.get("epoch") == whole.get("epoch")
+    described, whole = unwrap(outline), unwrap(whole)
+    assert all(tensor.is_meta for tensor in described.values())
+    assert {k: (t.shape, t.dtype) for k, t in described.items()} == {
+        k: (t.shape, t.dtype) for k, t in whole.items()
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "message"),
+    [
+        ("head.weight", (5 << 20, 6 << 10), r"head\.weight expected \[5, 6\] float32, got \[5242"),
+        ("extra.weight", (2**35,), r"1 unexpected: extra\.weight"),
+    ],
+)
+def test_a_file_of_absurd_tensors_is_refused_unread(name, shape, message, tmp_path, monkeypatch):
+    path, position, header = tmp_path / "x.safetensors", 0, {}
+    for key, tensor in (copied(toy()) | {name: torch.empty(shape, device="meta")}).items():
+        size = tensor.numel() * tensor.itemsize
+        dtype = "F32" if tensor.is_floating_point() else "I64"
+        header[key] = entry(dtype, tensor.shape, (position, position + size))
+        position += size
+    path.write_bytes(safetensors_file(header, b""))
+    os.truncate(path, path.stat().st_size + position)  # a hole, which takes no disk space
+    monkeypatch.setattr(files, "load_file", lambda path: pytest.fail("read"))
+    for function in (load, checkpoints.check_fits):
+        with pytest.raises(CheckpointError, match=message):
+            function(toy(), path)
+    assert path.stat().st_size > 2**36
+
+
+def test_check_fits_says_what_load_would_do(tmp_path):
+    source, model = toy(1), toy(2)
+    before = copied(model)
+    for write in (zipped, legacy):
+        (tmp_path / "x.pth").write_bytes(write({"model": authors(source)}))
+        report = checkpoints.check_fits(model, tmp_path / "x.pth")
+        assert report.matched == tuple(before)
+        assert same(copied(model), before)
+        assert load(toy(2), tmp_path / "x.pth") == report
+
+
+def unverified(obj) -> bytes:
+    assert torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(False)
+    try:
+        return zipped(obj)
+    finally:
+        torch.serialization.set_crc32_options(True)
+
+
+def records(data: bytes) -> list[tuple[zipfile.ZipInfo, int]]:
+    """Every record of an archive, and where its bytes begin."""
+    with zipfile.ZipFile(io.BytesIO(data)) as file:
+        return [
+            (info, info.header_offset + 30 + sum(data[info.header_offset + i] for i in (26, 28)))
+            for info in file.infolist()
+        ]
+
+
+def test_a_flipped_bit_of_any_record_of_a_zip_is_found(tmp_path):
+    data, path = zipped(STATE), tmp_path / "x.pth"
+    for info, start in records(data):
+        for position in range(start, start + info.file_size):
+            flipped = bytearray(data)
+            flipped[position] ^= 1 << position % 8
+            path.write_bytes(flipped)
+            with pytest.raises(CheckpointError, match=re.escape(info.filename)):
+                read(path)
+
+
+def test_zips_without_checksums_are_read(tmp_path):
+    path, data = tmp_path / "x.pth", unverified(STATE)
+    assert {info.CRC for info, _ in records(data)} == {0}
+    path.write_bytes(data)
+    assert same(read(path), STATE)
+    with torch.serialization.skip_data():  # to be filled in later
+        torch.save(STATE, path)
+    assert {info.CRC == 0 for info, _ in records(path.read_bytes())} == {True, False}
+    assert same(read(path), {name: torch.zeros_like(STATE[name]) for name in STATE})
+
+
+def edited(data: bytes, edit) -> bytes:
+    """The archive with other records: a function of (name, bytes) -> list of such pairs."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(data)) as old, zipfile.ZipFile(buffer, "w") as new:
+        for info in old.infolist():
+            for name, content in edit(info.filename, old.read(info)):
+                new.writestr(name, content)
+    return buffer.getvalue()
+
+
+def renamed_header(data: bytes) -> bytes:
+    """The first header of `b` is another's than the directory says."""
+    at = data.index(b"archive/data/1")
+    return data[:at] + b"archive/data/0" + data[at + 14 :]
+
+
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda data: data + b"x", "behind its end|truncated"),
+        (lambda data: data[:-2] + b"\1\0x", "behind its end"),
+        (lambda data: data[:4] + data, "end record is not where"),
+        (renamed_header, "another's"),
+        (lambda data: data[:-14] + b"\x07" + data[-13:], "directory"),
+        (lambda data: edited(data, lambda n, x: [(n, x)] * (1 + n.endswith("0"))), "one name"),
+        (lambda data: edited(data, lambda n, x: [(n, x), (n.upper(), x)]), "one name"),
+        (
+            lambda data: edited(data, lambda n, x: [("y/" + n.replace("a", "b"), x), (n, x)]),
+            "folders",
+        ),
+        (lambda data: edited(data, lambda n, x: [(n, x + x * n.endswith("/0"))]), "Error|take"),
+        (
+            lambda data: edited(data, lambda n, x: [(n, x)] + [(n + "0", x)] * n.endswith("/1")),
+            "take",
+        ),
+        (lambda data: edited(data, lambda n, x: [(n, x)] * (not n.endswith("/1"))), "Error"),
+    ],
+)
+def test_a_zip_that_two_readers_could_read_differently_is_refused(damage, message, tmp_path):
+    path, data = tmp_path / "x.pth", zipped(STATE)
+    path.write_bytes(edited(data, lambda name, content: [(name, content)]))
+    assert same(read(path), STATE)
+    path.write_bytes(damage(data))
+    for mmap in (False, True):
+        with pytest.raises(CheckpointError, match=message):
+            read(path, mmap=mmap)
+
+
+def test_a_legacy_file_whose_storages_are_not_all_filled_is_refused(tmp_path):
+    path, data = tmp_path / "x.pth", legacy(STATE)
+    path.write_bytes(data)
+    assert same(read(path), STATE)
+    path.write_bytes(data + b"x")
+    with pytest.raises(CheckpointError, match="take 36 bytes, and the file has 37"):
+        read(path)
+    *_, keys = [m.start() for m in re.finditer(rb"\x80\x02\]", data)]
+    (first, _), payload = re.findall(rb"X....[0-9]+q.", data[keys:]), data[-36:]
+    sizes = [
+        int.from_bytes(payload[i : i + 8], "little") for i in (0, 36 - 8 - 4 * (5 - payload[0]))
+    ]
+    assert sorted(sizes) == [2, 3]
+    kept = payload[: 8 + 4 * sizes[0]]
+    path.write_bytes(data[:keys] + b"\x80\x02](" + first + b"e." + kept)
+    torch.load(path, weights_only=True)  # memory that nobody filled
+    with pytest.raises(CheckpointError, match="take 36 bytes"):
         read(path)
 
 

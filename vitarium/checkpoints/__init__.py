@@ -2,8 +2,8 @@
 
 from vitarium.checkpoints.download import fetch
 from vitarium.checkpoints.errors import CheckpointError
-from vitarium.checkpoints.files import read
-from vitarium.checkpoints.loading import Report, compare, convert, load
+from vitarium.checkpoints.files import outline, read
+from vitarium.checkpoints.loading import Report, check_fits, compare, convert, load
 from vitarium.checkpoints.renames import Renames
 from vitarium.checkpoints.weights import Weight
 from vitarium.checkpoints.wrappers import unwrap
@@ -13,10 +13,12 @@ __all__ = [
     "Renames",
     "Report",
     "Weight",
+    "check_fits",
     "compare",
     "convert",
     "fetch",
     "load",
+    "outline",
     "read",
     "unwrap",
 ]

@@ -6,25 +6,31 @@ import argparse
 import json
 import math
 import os
+import pickletools
 import re
 import threading
-import zipfile
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from torch import Tensor, UntypedStorage
 from torch.torch_version import TorchVersion
 
 from vitarium.checkpoints.errors import CheckpointError
+from vitarium.checkpoints.zips import check_zip
 
 _MAX_HEADER = 100_000_000  # bytes; the format's own limit
-_BITS = {
-    "BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8,
-    "U16": 16, "I16": 16, "F16": 16, "BF16": 16,
-    "U32": 32, "I32": 32, "F32": 32,
-    "U64": 64, "I64": 64, "F64": 64, "C64": 64,
+_DTYPES = {
+    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+    "U16": torch.uint16, "I16": torch.int16, "F16": torch.float16, "BF16": torch.bfloat16,
+    "U32": torch.uint32, "I32": torch.int32, "F32": torch.float32,
+    "U64": torch.uint64, "I64": torch.int64, "F64": torch.float64, "C64": torch.complex64,
 }  # fmt: skip
 _FIRST_SAFE_TORCH = "2.10"
 KINDS = ("safetensors", "zip", "pickle")
@@ -65,22 +71,45 @@ def read(path: str | os.PathLike[str], mmap: bool = False) -> dict[str, Any]:
             more than tensors and plain data.
     """
     path = Path(path)
-    try:
+    with _named(path):
         kind = check_structure(path)
-        if kind == "safetensors":
-            return load_file(path)
-        return _unpickle(path, mmap and kind == "zip")
+        return load_file(path) if kind == "safetensors" else _unpickle(path, kind, mmap)
+
+
+def outline(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """What `read` would return, with tensors on the meta device: none is read.
+
+    So a file can be compared with a model before memory is taken for it.
+
+    Raises:
+        CheckpointError: as `read`, except that damaged tensors are not noticed.
+    """
+    path = Path(path)
+    with _named(path):
+        kind = check_structure(path, payload=False)
+        return _header(path) if kind == "safetensors" else _unpickled_outline(path)
+
+
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Errors that say which file they are about."""
+    try:
+        yield
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from error.__cause__
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path}: cannot be read: {error}") from error
 
 
-def check_structure(path: Path) -> str:
+def check_structure(path: Path, payload: bool = True) -> str:
     """Kind of a checkpoint file, ``safetensors``, ``zip`` or ``pickle``, after a look at its frame.
 
-    Reads headers only. A file cut short is found here in the first two kinds; the third, torch's
-    format before 1.6, has no frame.
+    A file cut short is found here in the first two kinds, and a flipped bit in the second; the
+    third, torch's format before 1.6, has neither frame nor checksums.
+
+    Args:
+        path: the file.
+        payload: whether to read a zip checkpoint's tensors too, for their checksums.
 
     Raises:
         CheckpointError: anything else, called what it is; the message lacks the path.
@@ -92,13 +121,12 @@ def check_structure(path: Path) -> str:
         raise CheckpointError("no such file")
     if not path.is_file():
         raise CheckpointError("expected a checkpoint file, got a device or a pipe")
-    size = path.stat().st_size
     with path.open("rb") as file:
         kind = kind_of(file.read(512))
     if kind == "safetensors":
-        read_header(path)
+        _header(path)
     elif kind == "zip":
-        _check_zip(path, size)
+        check_zip(path, payload)
     elif kind not in KINDS:
         raise CheckpointError(f"expected safetensors or a PyTorch checkpoint, got {kind}")
     return kind
@@ -123,11 +151,8 @@ def kind_of(head: bytes) -> str:
     return "an unknown format"
 
 
-def read_header(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Names, dtypes and shapes in a safetensors file, checked against its length.
-
-    Returns:
-        name -> (the format's dtype, shape). No tensor is read.
+def _header(path: Path) -> dict[str, Tensor]:
+    """What a safetensors header describes, on the meta device, checked against the file's length.
 
     Raises:
         CheckpointError: a header that is damaged, or that does not describe exactly this many
@@ -142,21 +167,21 @@ def read_header(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
             )
         text = file.read(length)
     try:
-        entries = json.loads(text, object_pairs_hook=_distinct)
+        entries = json.loads(text.decode(), object_pairs_hook=_distinct)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"damaged: its header is not JSON ({error})") from error
     if not isinstance(entries, dict):
         raise CheckpointError("damaged: its header is not a dictionary")
     entries.pop("__metadata__", None)
-    tensors: dict[str, tuple[str, tuple[int, ...]]] = {}
+    tensors = {}
     spans = []
     for name, entry in entries.items():
         dtype, shape, (start, end) = _entry(name, entry)
-        if math.prod(shape) * _BITS[dtype] // 8 != end - start:
+        if math.prod(shape) * dtype.itemsize != end - start:
             raise CheckpointError(
-                f"damaged: {name} is {list(shape)} of {dtype} in {end - start} bytes"
+                f"damaged: {name} is {shape} of {entry['dtype']} in {end - start} bytes"
             )
-        tensors[name] = (dtype, shape)
+        tensors[name] = torch.empty(shape, dtype=dtype, device="meta")
         spans.append((start, end))
     position = 0
     for start, end in sorted(spans):
@@ -178,17 +203,18 @@ def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return entries
 
 
-def _entry(name: str, entry: Any) -> tuple[str, tuple[int, ...], tuple[int, int]]:
+def _entry(name: str, entry: Any) -> tuple[torch.dtype, list[int], list[int]]:
     if isinstance(entry, dict) and entry.keys() == {"dtype", "shape", "data_offsets"}:
         dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
         if (
             isinstance(dtype, str)
-            and dtype in _BITS
+            and dtype in _DTYPES
             and _sizes(shape)
             and _sizes(offsets)
             and len(offsets) == 2
+            and math.prod(size or 1 for size in shape) < 2**63  # what torch can multiply
         ):
-            return dtype, tuple(shape), (offsets[0], offsets[1])
+            return _DTYPES[dtype], shape, offsets
     raise CheckpointError(f"damaged: its header describes {name} as {str(entry)[:100]}")
 
 
@@ -196,25 +222,44 @@ def _sizes(values: Any) -> bool:
     return isinstance(values, list) and all(type(value) is int and value >= 0 for value in values)
 
 
-def _check_zip(path: Path, size: int) -> None:
-    try:
-        with zipfile.ZipFile(path) as archive:
-            members = archive.infolist()
-    except (zipfile.BadZipFile, ValueError, NotImplementedError) as error:
-        raise CheckpointError(f"truncated or damaged: {error}") from error
-    names = {member.filename.rpartition("/")[2] for member in members}
-    if "constants.pkl" in names:
-        raise CheckpointError("expected a state dict, got a TorchScript program, which is not run")
-    if "data.pkl" not in names:
-        raise CheckpointError("expected a PyTorch checkpoint, got another zip archive")
-    # torch.save never compresses, so this is also what keeps a small file from filling memory.
-    if any(m.compress_type != zipfile.ZIP_STORED for m in members) or size < sum(
-        member.file_size for member in members
-    ):
-        raise CheckpointError("damaged: its entries claim more bytes than the file has")
+def _unpickled_outline(path: Path) -> dict[str, Any]:
+    with torch.serialization.skip_data():
+        return _restricted(path, map_location="meta")
 
 
-def _unpickle(path: Path, mmap: bool) -> dict[str, Any]:
+def _unpickle(path: Path, kind: str, mmap: bool) -> dict[str, Any]:
+    # A tensor may lie in any part of its storage, but all the bytes of a file that torch.save
+    # wrote belong to storages, each to one. torch itself leaves what it is not told to fill.
+    sizes = []
+
+    def keep(storage: UntypedStorage, location: str) -> UntypedStorage:
+        sizes.append(storage.nbytes())
+        return storage
+
+    # torch.load would take a name with this ending for the other format.
+    mmap = mmap and kind == "zip" and path.suffix != ".safetensors"
+    loaded = _restricted(path, map_location=keep, mmap=mmap)
+    if kind == "zip":
+        expected, actual = check_zip(path, payload=False), sum(sizes)
+    else:
+        expected, actual = _legacy_payload(path), sum(sizes) + 8 * len(sizes)
+    if actual != expected:
+        raise CheckpointError(
+            f"damaged: its tensors take {actual} bytes, and the file has {expected} for them"
+        )
+    return loaded
+
+
+def _legacy_payload(path: Path) -> int:
+    """Bytes behind the five pickles with which a file of torch's format before 1.6 begins."""
+    with path.open("rb") as file:
+        for _ in range(5):
+            deque(pickletools.genops(file), maxlen=0)
+        return path.stat().st_size - file.tell()
+
+
+def _restricted(path: Path, **options: Any) -> dict[str, Any]:
+    """``torch.load`` of nothing but tensors and plain data."""
     if TorchVersion(torch.__version__) < _FIRST_SAFE_TORCH:
         raise CheckpointError(
             f"a pickle is read safely from torch {_FIRST_SAFE_TORCH} on, and this is torch "
@@ -222,13 +267,11 @@ def _unpickle(path: Path, mmap: bool) -> dict[str, Any]:
         )
     try:
         # Training scripts save their arguments beside the weights: a bag of plain values.
-        # The list of what may be unpickled is torch's, and one for all threads.
+        # The list of what may be unpickled is torch's, and one for all threads. An open file,
+        # because torch.load would go by the ending of a name.
         with _lock, torch.serialization.safe_globals([argparse.Namespace]), path.open("rb") as file:
-            # torch.load would take a name with this ending for the other format.
-            if mmap and path.suffix != ".safetensors":
-                loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-            else:
-                loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=False)
+            source = path if options.get("mmap") else file
+            loaded = torch.load(source, weights_only=True, **{"mmap": False, **options})
     except Exception as error:  # a damaged pickle can raise anything, and nothing of it is ours
         refused = re.findall(r"GLOBAL ([\w.]+) ", str(error))
         if refused:

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from vitarium.checkpoints.errors import CheckpointError
-from vitarium.checkpoints.files import read
+from vitarium.checkpoints.files import outline, read
 from vitarium.checkpoints.wrappers import split_detector, unwrap_tensors
 
 _SHOWN = 5
@@ -127,6 +127,8 @@ def compare(
     state_dict: Mapping[str, Tensor],
     model: nn.Module,
     ignored: Mapping[str, str] | None = None,
+    *,
+    data: bool = True,
 ) -> Report:
     """How a converted state dict fits ``model``, without loading it.
 
@@ -134,6 +136,7 @@ def compare(
         state_dict: tensors in the model's names.
         model: the model; it is not changed.
         ignored: patterns (as ``fnmatch``) of names that the model rightly lacks, and why.
+        data: whether the tensors must hold data where the model's do; False for an `outline`.
 
     Returns:
         The report; `Report.require_whole` raises on it.
@@ -149,7 +152,7 @@ def compare(
     misshapen = {
         name: (_described(expected[name]), _described(tensor))
         for name, tensor in state_dict.items()
-        if name in expected and not _alike(expected[name], tensor)
+        if name in expected and not _alike(expected[name], tensor, data)
     }
     return Report(
         matched=tuple(name for name in expected if name in state_dict and name not in misshapen),
@@ -164,7 +167,8 @@ def load(model: nn.Module, source: str | os.PathLike[str] | Mapping[str, Any]) -
     """Load a checkpoint into a model: all of it, or nothing.
 
     What a model's ``checkpoint_ignore()`` lists (pattern -> why), and the parts of a detector
-    around its backbone, may stay unused; anything else that does not fit is an error.
+    around its backbone, may stay unused; anything else that does not fit is an error. A file is
+    compared before its tensors are read, and tensors are copied from it straight to the model.
 
     Args:
         model: a zoo model, or one that wraps it, such as ``FeatureBackbone``.
@@ -180,7 +184,31 @@ def load(model: nn.Module, source: str | os.PathLike[str] | Mapping[str, Any]) -
     if isinstance(source, Mapping):
         obj, what = source, "checkpoint"
     else:
-        obj, what = read(source), os.fspath(source)
+        check_fits(model, source)
+        obj, what = read(source, mmap=True), os.fspath(source)
+    report, state_dict = _fitted(model, obj, what, data=True)
+    model.load_state_dict({name: state_dict[name] for name in report.matched}, strict=True)
+    return report
+
+
+def check_fits(model: nn.Module, path: str | os.PathLike[str]) -> Report:
+    """Whether `load` would take a file, by names, dtypes and shapes: no tensor is read.
+
+    Args:
+        model: as for `load`; it is not changed.
+        path: the file.
+
+    Returns:
+        What would be loaded and what ignored, with reasons.
+
+    Raises:
+        CheckpointError: as `load`, except that damaged tensors are not noticed.
+    """
+    return _fitted(model, outline(path), os.fspath(path), data=False)[0]
+
+
+def _fitted(model: nn.Module, obj: Any, what: str, data: bool) -> tuple[Report, dict[str, Tensor]]:
+    """What fits and what is ignored, and the converted tensors."""
     try:
         state_dict = unwrap_tensors(obj)
         parts: dict[str, str] = {}
@@ -190,18 +218,17 @@ def load(model: nn.Module, source: str | os.PathLike[str] | Mapping[str, Any]) -
     except CheckpointError as error:
         raise CheckpointError(f"{what}: {error}") from error
     ignore = getattr(model, "checkpoint_ignore", None)
-    found = compare(state_dict, model, ignore() if ignore is not None else None)
+    found = compare(state_dict, model, ignore() if ignore is not None else None, data=data)
     found.require_whole(f"{what} does not fit {type(model).__name__}")
-    model.load_state_dict({name: state_dict[name] for name in found.matched}, strict=True)
-    return Report(matched=found.matched, ignored={**found.ignored, **parts})
+    return Report(matched=found.matched, ignored={**found.ignored, **parts}), state_dict
 
 
-def _alike(expected: Tensor, actual: Tensor) -> bool:
+def _alike(expected: Tensor, actual: Tensor, data: bool) -> bool:
     return (
         expected.shape == actual.shape
         and expected.is_floating_point() == actual.is_floating_point()
         and expected.is_complex() == actual.is_complex()
-        and expected.is_meta == actual.is_meta
+        and (expected.is_meta == actual.is_meta or not data)
     )
 
 

@@ -1,0 +1,120 @@
+"""The frame of a zip checkpoint: every reader must find the same records, undamaged."""
+
+from __future__ import annotations
+
+import struct
+import zipfile
+import zlib
+from pathlib import Path
+from typing import BinaryIO
+
+from vitarium.checkpoints.errors import CheckpointError
+
+_LOCAL = struct.Struct("<4s5H3L2H")
+_END = struct.Struct("<4s4H2LH")
+_END64 = struct.Struct("<4sQ2H2L4Q")
+_LOCATOR64 = struct.Struct("<4sLQL")
+_FLAGS = 0x808  # sizes behind the data, names in UTF-8
+_MAX16, _MAX32 = 2**16 - 1, 2**32 - 1
+_CHUNK = 1 << 20
+
+
+def check_zip(path: Path, payload: bool = True) -> int:
+    """Check that ``path`` is what ``torch.save`` writes, and whole.
+
+    torch finds the records by another library than Python's ``zipfile``, and looks neither at
+    checksums nor at a record's own header. What the two could read differently is refused:
+    anything behind or before the archive, names that differ in case only or are not those of the
+    records' headers, records that overlap. A record whose checksum is 0 has none: so
+    ``torch.serialization.set_crc32_options(False)`` and ``skip_data()`` leave it.
+
+    Args:
+        path: the file.
+        payload: whether to check the checksums of the tensors too, which reads all of the file.
+
+    Returns:
+        The tensors' size in bytes.
+
+    Raises:
+        CheckpointError: the file is damaged or something else; the message lacks the path.
+        OSError: it cannot be read.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            records = sorted(archive.infolist(), key=lambda record: record.header_offset)
+    except (zipfile.BadZipFile, ValueError, NotImplementedError, struct.error) as error:
+        raise CheckpointError(f"truncated or damaged: {error}") from error
+    names = {record.orig_filename.lower() for record in records}
+    leaves = {name.rpartition("/")[2] for name in names}
+    if "constants.pkl" in leaves:
+        raise CheckpointError("expected a state dict, got a TorchScript program, which is not run")
+    if "data.pkl" not in leaves:
+        raise CheckpointError("expected a PyTorch checkpoint, got another zip archive")
+    root = records[0].orig_filename.partition("/")[0] + "/"
+    if root + "data.pkl" not in {record.orig_filename for record in records}:
+        raise CheckpointError("damaged: its records stand in several folders")
+    if len(names) != len(records) or any("\0" in name for name in names):
+        raise CheckpointError("damaged: two of its records have one name")
+    size = 0
+    with path.open("rb") as file:
+        position, end = 0, _directory(file, path.stat().st_size, len(records))
+        for record in records:
+            start = _data_offset(file, record)
+            # torch.save never compresses: what is in the file is all that is read from it.
+            if record.compress_type != zipfile.ZIP_STORED or record.flag_bits & ~_FLAGS:
+                raise CheckpointError(f"damaged: its record {record.filename} is packed")
+            if record.header_offset < position or start + record.file_size > end:
+                raise CheckpointError("damaged: its records claim more bytes than the file has")
+            if record.compress_size != record.file_size:
+                raise CheckpointError(f"damaged: its record {record.filename} has two sizes")
+            position = start + record.file_size
+            tensor = record.filename.startswith(root + "data/")
+            size += record.file_size if tensor else 0
+            if record.CRC != 0 and (payload or not tensor):
+                _check_crc(file, record, start)
+    return size
+
+
+def _directory(file: BinaryIO, size: int, count: int) -> int:
+    """Where the directory begins, which must fill the file from there to its end record."""
+    file.seek(max(0, size - _END64.size - _LOCATOR64.size - _END.size))
+    tail = file.read()
+    end = size - _END.size
+    signature, *disks, entries, length, start, comment = _END.unpack(tail[-_END.size :])
+    if signature != b"PK\5\6" or comment != 0:
+        raise CheckpointError("damaged: it goes on behind its end")
+    found = (*disks, entries, length, start)
+    locator = tail[-_END.size - _LOCATOR64.size : -_END.size]
+    if locator.startswith(b"PK\6\7"):  # a second end record with larger fields, as torch writes
+        end -= _LOCATOR64.size + _END64.size
+        signature, *_, entries, length, start = _END64.unpack(tail[: _END64.size])
+        if signature != b"PK\6\6" or _LOCATOR64.unpack(locator)[2] != end:
+            raise CheckpointError("damaged: its end record is not where it should be")
+    fits = min(count, _MAX16), min(length, _MAX32), min(start, _MAX32)
+    if found != (0, 0, fits[0], *fits) or entries != count or start + length != end:
+        raise CheckpointError("damaged: its directory is not where it should be")
+    return int(start)
+
+
+def _data_offset(file: BinaryIO, record: zipfile.ZipInfo) -> int:
+    file.seek(record.header_offset)
+    header = file.read(_LOCAL.size)
+    if len(header) == _LOCAL.size:
+        signature, *_, name, extra = _LOCAL.unpack(header)
+        encoding = "utf-8" if record.flag_bits & 0x800 else "cp437"
+        if signature == b"PK\3\4" and file.read(name) == record.orig_filename.encode(encoding):
+            return int(record.header_offset + _LOCAL.size + name + extra)
+    raise CheckpointError(f"damaged: the header of its record {record.filename} is another's")
+
+
+def _check_crc(file: BinaryIO, record: zipfile.ZipInfo, start: int) -> None:
+    file.seek(start)
+    checksum, left = 0, record.file_size
+    while left > 0 and (chunk := file.read(min(left, _CHUNK))):
+        checksum = zlib.crc32(chunk, checksum)
+        left -= len(chunk)
+    if left > 0 or checksum != record.CRC:
+        raise CheckpointError(
+            f"damaged: its record {record.filename} does not have the bytes that were written "
+            f"(CRC-32 {record.CRC:08x} expected, {checksum:08x} found)"
+        )
