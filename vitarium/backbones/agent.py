@@ -534,11 +534,12 @@ def checked_depths(agent_depths: Sequence[int], depths: Sequence[int]) -> tuple[
 
 
 _RENAMES = Renames(())  # the authors' names are ours
-
-
-def _BUFFERS(model: nn.Module) -> dict[str, Tensor]:  # noqa: N802
-    """What the authors store beside parameters: indices and masks of Swin's windows."""
-    return swin.buffers(model) if isinstance(model, Swin) else {}
+_BUFFERS = swin.buffers  # on other hosts the authors store nothing beside parameters
+_RESIZES = {
+    **{f"*.{name}": "linear" for name in _AXES},
+    "*.relative_position_bias_table": "bicubic",
+    "*pos_embed*": "bicubic",
+}
 
 
 def checkpoint_filter_fn(state_dict: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
