@@ -553,10 +553,12 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Tensor], model: nn.Module) -> 
     for name, x in filtered.items():
         shape = expected[name].shape if name in expected else x.shape
         leaf = name.rpartition(".")[2]
-        if x.shape == shape or x.ndim != len(shape):
+        if x.shape == shape or x.ndim != len(shape) or not x.is_floating_point():
             continue
         if leaf in _AXES:
-            filtered[name] = resized(leaf, x, shape)
+            axis = _AXES[leaf]
+            if x.shape[:axis] + shape[axis : axis + 1] + x.shape[axis + 1 :] == shape:
+                filtered[name] = resized(leaf, x, shape)
         elif leaf == "relative_position_bias_table":
             side = (math.isqrt(shape[0]) + 1) // 2
             exact = x.to(torch.promote_types(x.dtype, torch.float32))
@@ -815,6 +817,14 @@ def agent_cswin_base_384(pretrained: bool = False, **kwargs: Any) -> AgentCSwin:
     return _create(AgentCSwin, "agent_cswin_base_384", pretrained, **{**args, **kwargs})
 
 
+class DenseAgentPVT(DensePVT):
+    """PVT's dense form; its checkpoints are the family's."""
+
+
+class DenseAgentSwin(_blocks.DensePyramid):
+    """Swin's dense form; its checkpoints are the family's."""
+
+
 _PVT_AGENTS, _SWIN_AGENTS = (12, 16, 28, 28), (9, 12, 14, 7)  # a side, of each stage
 
 
@@ -840,5 +850,5 @@ def dense_adapter(model: nn.Module, task: str, out_indices: Sequence[int]) -> nn
             if isinstance(module, AgentBiases):
                 module.agent_size = (side, side)
     if isinstance(model, AgentPVT):
-        return DensePVT(model, out_indices)
-    return swin.dense(model, out_indices)
+        return DenseAgentPVT(model, out_indices)
+    return swin.dense(model, out_indices, DenseAgentSwin)

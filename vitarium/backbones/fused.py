@@ -36,7 +36,11 @@ from typing import Any, ClassVar
 
 import timm
 import torch
-from timm.layers import get_device_dtype, resize_rel_pos_bias_table
+from timm.layers import (
+    get_device_dtype,
+    resize_rel_pos_bias_table,
+    resize_rel_pos_bias_table_simple,
+)
 from timm.models import (
     PretrainedCfg,
     davit,
@@ -198,6 +202,9 @@ _RENAMES = Renames(
 )
 _STORED_BUFFERS = ("relative_position_index", "relative_coords_table", "attn_mask")
 _TABLE = ".relative_position_bias_table"
+_RESIZES = {
+    f"*{_TABLE}": "bicubic in the authors' files, timm's resize_rel_pos_bias_table in timm's"
+}
 
 
 def _BUFFERS(model: nn.Module) -> dict[str, Tensor]:  # noqa: N802
@@ -243,23 +250,43 @@ def _coordinates(window: tuple[int, int], pretrained: tuple[int, int]) -> Tensor
 def checkpoint_filter_fn(state_dict: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     """A state dict of the authors, of timm or of Florence-2, for ``model``.
 
-    Buffers that the authors store are dropped. Position tables for other windows are resized, as
-    timm and the authors' detectors do it. Norms that checkpoints of another task do not hold keep
-    their values: those of a detector's maps, and the classifier's one for Florence-2.
+    Buffers that the authors store are dropped. Position tables for other windows are resized, at
+    least in float32: those of the authors bicubically, as in load_pretrained() of utils.py in
+    microsoft/Swin-Transformer and in their detectors; those of timm's layout as timm does it. Norms
+    that checkpoints of another task do not hold keep their values: those of a detector's maps, and
+    the classifier's one for Florence-2.
     """
     own = model.state_dict()
     found = {k: v for k, v in state_dict.items() if not k.endswith(_STORED_BUFFERS)}
     absent: tuple[str, ...] = ()
     if "vision_tower.convs.0.proj.weight" in found:
         found, absent = davit.checkpoint_filter_fn(found, model), ("head.norm.",)
-    found = _RENAMES.to_ours(found, model)
+    theirs, found = found.keys(), _RENAMES.to_ours(found, model)
+    resized = resize_rel_pos_bias_table if found.keys() == theirs else _resized_bicubically
     if isinstance(model, DensePyramid) and {"norm.weight", "head.norm.weight"} & found.keys():
         absent = tuple(f"norm{i}." for i in model.out_indices)
     for name, table in found.items():
-        if name.endswith(_TABLE) and name in own and table.shape != own[name].shape:
+        if name.endswith(_TABLE) and name in own and _is_table_like(table, own[name]):
             window: Any = model.get_submodule(name.removesuffix(_TABLE)).window_size
-            found[name] = resize_rel_pos_bias_table(table, window, own[name].shape)
+            found[name] = resized(table, window, own[name].shape)
     return {**{k: v for k, v in own.items() if absent and k.startswith(absent)}, **found}
+
+
+def _is_table_like(table: Tensor, own: Tensor) -> bool:
+    """Whether a table has as many heads as the model's, but is for square windows of another size.
+
+    Where only another shape of windows has as many entries, nothing tells them apart.
+    """
+    if table.ndim != 2 or table.shape[1:] != own.shape[1:] or not table.is_floating_point():
+        return False
+    side = math.isqrt(len(table))
+    return len(table) != len(own) and side**2 == len(table) and side % 2 == 1
+
+
+def _resized_bicubically(table: Tensor, window: tuple[int, int], shape: torch.Size) -> Tensor:
+    exact = table.to(torch.promote_types(table.dtype, torch.float32))
+    resized: Tensor = resize_rel_pos_bias_table_simple(exact, window, tuple(shape))
+    return resized.to(table.dtype)
 
 
 # The authors' form for detection and segmentation

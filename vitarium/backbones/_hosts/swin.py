@@ -233,14 +233,17 @@ def buffers(model: nn.Module) -> dict[str, Tensor]:
     return found
 
 
-def dense(model: Swin, out_indices: Sequence[int]) -> DensePyramid:
+def dense(
+    model: Swin, out_indices: Sequence[int], form: type[DensePyramid] = DensePyramid
+) -> DensePyramid:
     """The authors' detector's backbone: a norm for each map, and windows that are never clamped.
 
     Args:
         model: gives its stem and levels; it is not to be used further.
         out_indices: ascending indices of the levels whose maps are returned.
+        form: the class to build, which stands beside the family's ``checkpoint_filter_fn``.
     """
     for module in model.modules():
         if isinstance(module, WindowAttention):
             module.semantics = "dense"
-    return DensePyramid(model, out_indices)
+    return form(model, out_indices)
