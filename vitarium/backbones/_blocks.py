@@ -5,6 +5,7 @@ Shapes: B images, H x W tokens of the stage at hand, C channels. Tokens are [B, 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -17,6 +18,7 @@ from timm.layers import (
     calculate_drop_path_rates,
     get_device_dtype,
     register_notrace_function,
+    resize_rel_pos_bias_table_simple,
     to_ntuple,
 )
 from timm.models import checkpoint_seq
@@ -611,6 +613,27 @@ def _has_kernel(table: Tensor) -> bool:
         return False
     height, width = table.shape[1:]
     return height == width >= 5 and width % 4 == 1
+
+
+def is_window_table(table: Tensor, own: Tensor) -> bool:
+    """Whether a position table [(2w - 1) ** 2, heads] of square windows is for others than ``own``.
+
+    Where other windows have as many entries, nothing tells them apart.
+    """
+    if table.ndim != 2 or table.shape[1:] != own.shape[1:] or not table.is_floating_point():
+        return False
+    side = math.isqrt(len(table))
+    return len(table) != len(own) and side**2 == len(table) and side % 2 == 1
+
+
+def resized_window_table(table: Tensor, window: tuple[int, int], shape: Sequence[int]) -> Tensor:
+    """Such a table for other windows, bicubically, at least in float32.
+
+    Source: load_pretrained() in utils.py of microsoft/Swin-Transformer.
+    """
+    exact = table.to(torch.promote_types(table.dtype, torch.float32))
+    resized: Tensor = resize_rel_pos_bias_table_simple(exact, window, tuple(shape))
+    return resized.to(table.dtype)
 
 
 def window_index(window: tuple[int, int]) -> Tensor:

@@ -264,7 +264,8 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Tensor], model: nn.Module) -> 
         return resized_rpb(filtered, model)
     grid = _grid(model.img_size, model.min_size)
     for name, x in filtered.items():
-        if name.endswith(".rpb") and x.ndim == 3:
+        is_table = x.ndim == 3 and x.is_floating_point() and all(n % 2 for n in x.shape[1:])
+        if name.endswith(".rpb") and is_table:
             filtered[name] = _resized(x, grid)
     return filtered
 

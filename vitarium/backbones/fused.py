@@ -36,11 +36,7 @@ from typing import Any, ClassVar
 
 import timm
 import torch
-from timm.layers import (
-    get_device_dtype,
-    resize_rel_pos_bias_table,
-    resize_rel_pos_bias_table_simple,
-)
+from timm.layers import get_device_dtype, resize_rel_pos_bias_table
 from timm.models import (
     PretrainedCfg,
     davit,
@@ -57,7 +53,9 @@ from vitarium.backbones._blocks import (
     _POOLS,
     Backbone,
     checked_image,
+    is_window_table,
     refuse_attention_dropout,
+    resized_window_table,
     window_index,
     window_mask,
 )
@@ -262,31 +260,14 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Tensor], model: nn.Module) -> 
     if "vision_tower.convs.0.proj.weight" in found:
         found, absent = davit.checkpoint_filter_fn(found, model), ("head.norm.",)
     theirs, found = found.keys(), _RENAMES.to_ours(found, model)
-    resized = resize_rel_pos_bias_table if found.keys() == theirs else _resized_bicubically
+    resized = resize_rel_pos_bias_table if found.keys() == theirs else resized_window_table
     if isinstance(model, DensePyramid) and {"norm.weight", "head.norm.weight"} & found.keys():
         absent = tuple(f"norm{i}." for i in model.out_indices)
     for name, table in found.items():
-        if name.endswith(_TABLE) and name in own and _is_table_like(table, own[name]):
+        if name.endswith(_TABLE) and name in own and is_window_table(table, own[name]):
             window: Any = model.get_submodule(name.removesuffix(_TABLE)).window_size
             found[name] = resized(table, window, own[name].shape)
     return {**{k: v for k, v in own.items() if absent and k.startswith(absent)}, **found}
-
-
-def _is_table_like(table: Tensor, own: Tensor) -> bool:
-    """Whether a table has as many heads as the model's, but is for square windows of another size.
-
-    Where only another shape of windows has as many entries, nothing tells them apart.
-    """
-    if table.ndim != 2 or table.shape[1:] != own.shape[1:] or not table.is_floating_point():
-        return False
-    side = math.isqrt(len(table))
-    return len(table) != len(own) and side**2 == len(table) and side % 2 == 1
-
-
-def _resized_bicubically(table: Tensor, window: tuple[int, int], shape: torch.Size) -> Tensor:
-    exact = table.to(torch.promote_types(table.dtype, torch.float32))
-    resized: Tensor = resize_rel_pos_bias_table_simple(exact, window, tuple(shape))
-    return resized.to(table.dtype)
 
 
 # The authors' form for detection and segmentation
