@@ -5,6 +5,7 @@ Shapes: B images, H x W tokens of the stage at hand, C channels. Tokens are [B, 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -17,12 +18,15 @@ from timm.layers import (
     calculate_drop_path_rates,
     get_device_dtype,
     register_notrace_function,
+    resize_rel_pos_bias_table_simple,
     to_ntuple,
 )
 from timm.models import checkpoint_seq
 from torch import Tensor, nn
 
+from vitarium.backbones._nat_transformers import from_transformers, is_transformers
 from vitarium.ops import neighborhood_attention
+from vitarium.ops.window_attn import windows
 
 _POOLS = ("avg", "max", "avgmax", "catavgmax", "")
 
@@ -568,10 +572,90 @@ class DensePyramid(nn.Module):
 def checkpoint_filter_fn(state_dict: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     """A state dict of a `NeighborhoodPyramid`, whose authors' names are ours, for ``model``.
 
-    A classification checkpoint has no norms for the maps of a dense model: there they keep
-    their values, as with the authors.
+    One in transformers' layout is renamed. Position tables for another kernel size are resized, see
+    `resized_rpb`. A classification checkpoint has no norms for the maps of a dense model: there
+    they keep their values, as with the authors.
     """
-    if isinstance(model, DensePyramid) and "norm.weight" in state_dict:
+    if is_transformers(state_dict):
+        state_dict = from_transformers(state_dict)
+    found = resized_rpb(state_dict, model)
+    if isinstance(model, DensePyramid) and "norm.weight" in found:
         norms = {k: v for k, v in model.state_dict().items() if k.startswith("norm")}
-        return norms | dict(state_dict)
-    return dict(state_dict)
+        return norms | found
+    return found
+
+
+def resized_rpb(state_dict: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """A state dict whose position tables fit the kernels of ``model``.
+
+    Tables [heads, 2k - 1, 2k - 1] of odd kernels k from 3 on are resized bicubically, corners not
+    aligned, at least in float32. Whatever else does not fit stays as it is. Source: a comment in
+    SHI-Labs/Neighborhood-Attention-Transformer's classification/dinat.py, by which the tables of
+    ``dinat_large`` for 11 x 11 tokens were so made from those for 7 x 7, as Swin's for other
+    windows.
+    """
+    own = model.state_dict()
+    found = dict(state_dict)
+    for name, table in state_dict.items():
+        if not name.endswith(".rpb") or name not in own or table.shape == own[name].shape:
+            continue
+        shape = own[name].shape
+        if _has_kernel(table) and _has_kernel(own[name]) and len(table) == shape[0]:
+            exact = table.to(torch.promote_types(table.dtype, torch.float32))
+            resized = F.interpolate(exact[None], shape[1:], mode="bicubic")[0]
+            found[name] = resized.to(table.dtype)
+    return found
+
+
+def _has_kernel(table: Tensor) -> bool:
+    """Whether a position table is [heads, 2k - 1, 2k - 1] of an odd kernel k from 3 on."""
+    if table.ndim != 3 or not table.is_floating_point():
+        return False
+    height, width = table.shape[1:]
+    return height == width >= 5 and width % 4 == 1
+
+
+def is_window_table(table: Tensor, own: Tensor) -> bool:
+    """Whether a position table [(2w - 1) ** 2, heads] of square windows is for others than ``own``.
+
+    Where other windows have as many entries, nothing tells them apart.
+    """
+    if table.ndim != 2 or table.shape[1:] != own.shape[1:] or not table.is_floating_point():
+        return False
+    side = math.isqrt(len(table))
+    return len(table) != len(own) and side**2 == len(table) and side % 2 == 1
+
+
+def resized_window_table(table: Tensor, window: tuple[int, int], shape: Sequence[int]) -> Tensor:
+    """Such a table for other windows, bicubically, at least in float32.
+
+    Source: load_pretrained() in utils.py of microsoft/Swin-Transformer.
+    """
+    exact = table.to(torch.promote_types(table.dtype, torch.float32))
+    resized: Tensor = resize_rel_pos_bias_table_simple(exact, window, tuple(shape))
+    return resized.to(table.dtype)
+
+
+def window_index(window: tuple[int, int]) -> Tensor:
+    """The entry of a window's position table for every query and key, [L, L]."""
+    return windows.entries(window, window, torch.device("cpu"))
+
+
+def window_mask(size: tuple[int, int], window: tuple[int, int], shift: tuple[int, int]) -> Tensor:
+    """What is added to the scores in shifted windows: 0 or -100, [windows, L, L].
+
+    Args:
+        size: (H, W) of the map, in tokens.
+        window: in tokens, as are shifts.
+        shift: of the windows.
+    """
+    axes = zip(size, window, shift, strict=True)
+    rows, columns = (windows.axis(*axis, "dense", torch.device("cpu")).region for axis in axes)
+    region = (3 * rows[:, None, :, None] + columns[:, None]).flatten(2).flatten(0, 1)
+    apart = region[:, :, None] != region[:, None]
+    return torch.zeros(apart.shape).masked_fill(apart, windows.MASKED)
+
+
+def no_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """What the authors of some families store beside parameters: nothing."""
+    return {}

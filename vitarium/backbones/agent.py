@@ -39,7 +39,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
-from timm.layers import register_notrace_module, resize_rel_pos_bias_table_simple
+from timm.layers import register_notrace_module
 from timm.models import generate_default_cfgs, resolve_pretrained_cfg
 from torch import Tensor, nn
 
@@ -534,43 +534,47 @@ def checked_depths(agent_depths: Sequence[int], depths: Sequence[int]) -> tuple[
 
 
 _RENAMES = Renames(())  # the authors' names are ours
-
-
-def _BUFFERS(model: nn.Module) -> dict[str, Tensor]:  # noqa: N802
-    """What the authors store beside parameters: indices and masks of Swin's windows."""
-    return swin.buffers(model) if isinstance(model, Swin) else {}
+_BUFFERS = swin.buffers  # on other hosts the authors store nothing beside parameters
+_RESIZES = {
+    **{f"*.{name}": "linear" for name in _AXES},
+    "*.relative_position_bias_table": "bicubic",
+    "*pos_embed*": "bicubic",
+}
 
 
 def checkpoint_filter_fn(state_dict: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     """An authors' state dict for ``model``: tables resized to its maps, no buffers.
 
     Tables along rows and columns linearly; those of windows, and position embeddings, which are
-    from a square map, bicubically.
+    from a square map, bicubically. Whatever else does not fit stays as it is.
     """
     expected = model.state_dict()
     filtered = _blocks.checkpoint_filter_fn(swin.without_buffers(dict(state_dict)), model)
     for name, x in filtered.items():
         shape = expected[name].shape if name in expected else x.shape
         leaf = name.rpartition(".")[2]
-        if x.shape == shape or x.ndim != len(shape):
+        if x.shape == shape or x.ndim != len(shape) or not x.is_floating_point():
             continue
         if leaf in _AXES:
-            filtered[name] = resized(leaf, x, shape)
-        elif leaf == "relative_position_bias_table":
+            axis = _AXES[leaf]
+            if x.shape[:axis] + shape[axis : axis + 1] + x.shape[axis + 1 :] == shape:
+                filtered[name] = resized(leaf, x, shape)
+        elif leaf == "relative_position_bias_table" and _blocks.is_window_table(x, expected[name]):
             side = (math.isqrt(shape[0]) + 1) // 2
-            exact = x.to(torch.promote_types(x.dtype, torch.float32))
-            table = resize_rel_pos_bias_table_simple(exact, (side, side), tuple(shape))
-            filtered[name] = table.to(x.dtype)
+            filtered[name] = _blocks.resized_window_table(x, (side, side), shape)
         elif leaf.startswith("pos_embed"):
             filtered[name] = _resized_positions(leaf, x, model)
     return filtered
 
 
 def _resized_positions(leaf: str, table: Tensor, model: Any) -> Tensor:
+    tokens = table.shape[1] - (leaf == "pos_embed")  # DeiT's first is the class token's
+    side = math.isqrt(tokens)
+    if side**2 != tokens or side == 0:
+        return table
     if leaf == "pos_embed":
-        side = math.isqrt(table.shape[1] - 1)
         return deit.resized_positions(table, (side, side), model.map_size)
-    side, new = math.isqrt(table.shape[1]), model.map_sizes[int(leaf[-1]) - 1]
+    new = model.map_sizes[int(leaf[-1]) - 1]
     return pvt.resized_positions(table, (side, side), new, "bicubic").flatten(1, 2)
 
 
@@ -814,6 +818,14 @@ def agent_cswin_base_384(pretrained: bool = False, **kwargs: Any) -> AgentCSwin:
     return _create(AgentCSwin, "agent_cswin_base_384", pretrained, **{**args, **kwargs})
 
 
+class DenseAgentPVT(DensePVT):
+    """PVT's dense form; its checkpoints are the family's."""
+
+
+class DenseAgentSwin(_blocks.DensePyramid):
+    """Swin's dense form; its checkpoints are the family's."""
+
+
 _PVT_AGENTS, _SWIN_AGENTS = (12, 16, 28, 28), (9, 12, 14, 7)  # a side, of each stage
 
 
@@ -839,5 +851,5 @@ def dense_adapter(model: nn.Module, task: str, out_indices: Sequence[int]) -> nn
             if isinstance(module, AgentBiases):
                 module.agent_size = (side, side)
     if isinstance(model, AgentPVT):
-        return DensePVT(model, out_indices)
-    return swin.dense(model, out_indices)
+        return DenseAgentPVT(model, out_indices)
+    return swin.dense(model, out_indices, DenseAgentSwin)

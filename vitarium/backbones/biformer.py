@@ -54,6 +54,7 @@ from vitarium.backbones._blocks import (
     Backbone,
     checked_image,
     head_dim,
+    no_buffers,
     refuse_attention_dropout,
 )
 from vitarium.backbones._registry import Published, build, register, source_cfg
@@ -461,6 +462,7 @@ class DenseBiFormer(nn.Module):
 
 
 _RENAMES = Renames(())  # the authors' names are ours
+_BUFFERS = no_buffers  # but for the counters of batch norms, which are ours too
 _COUNTER = ".num_batches_tracked"
 
 

@@ -27,7 +27,13 @@ from typing import Any
 
 from timm.models import generate_default_cfgs
 
-from vitarium.backbones._blocks import DensePyramid, checkpoint_filter_fn, cycled
+from vitarium.backbones._blocks import (
+    DensePyramid,
+    checkpoint_filter_fn,
+    cycled,
+    no_buffers,
+)
+from vitarium.backbones._nat_transformers import to_transformers as to_transformers
 from vitarium.backbones._registry import Published, build, register, source_cfg
 from vitarium.backbones.nat import NAT
 from vitarium.checkpoints import Renames, Weight
@@ -41,8 +47,12 @@ class DiNAT(NAT):
     The arguments are those of `NeighborhoodPyramid`.
     """
 
+    transformers_prefix = "dinat."
+
 
 _RENAMES = Renames(())  # the authors' names are ours
+_BUFFERS = no_buffers
+_RESIZES = {"*.rpb": "bicubic"}
 _CODE_LICENCE = "MIT"
 _README = "README of SHI-Labs/Neighborhood-Attention-Transformer, d334f5b"
 _PUBLISHED = {

@@ -44,6 +44,7 @@ from vitarium.backbones._blocks import (
     Patches,
     head_dim,
     refuse_attention_dropout,
+    resized_rpb,
 )
 from vitarium.backbones._registry import Published, build, register, source_cfg
 from vitarium.checkpoints import Renames, Weight
@@ -239,6 +240,7 @@ def _resized(table: Tensor, grid_size: tuple[int, int]) -> Tensor:
 
 
 _RENAMES = Renames(())  # the authors' names are ours
+_RESIZES = {"*.rpb": "bicubic"}
 
 
 def _BUFFERS(model: IsotropicNAT) -> dict[str, Tensor]:  # noqa: N802
@@ -253,13 +255,18 @@ def _BUFFERS(model: IsotropicNAT) -> dict[str, Tensor]:  # noqa: N802
 
 
 def checkpoint_filter_fn(state_dict: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """An authors' state dict for ``model``: without indices, tables resized to its map."""
+    """An authors' state dict for ``model``: without indices, tables resized to it bicubically.
+
+    ViT-rpb's tables to the size of its map; the others' to their kernels, see `resized_rpb`.
+    """
     filtered = {name: x for name, x in state_dict.items() if not name.endswith(f".{_INDEX}")}
-    if isinstance(model, IsotropicNAT) and model.img_size is not None:
-        grid = _grid(model.img_size, model.min_size)
-        for name, x in filtered.items():
-            if name.endswith(".rpb") and x.ndim == 3:
-                filtered[name] = _resized(x, grid)
+    if not isinstance(model, IsotropicNAT) or model.img_size is None:
+        return resized_rpb(filtered, model)
+    grid = _grid(model.img_size, model.min_size)
+    for name, x in filtered.items():
+        is_table = x.ndim == 3 and x.is_floating_point() and all(n % 2 for n in x.shape[1:])
+        if name.endswith(".rpb") and is_table:
+            filtered[name] = _resized(x, grid)
     return filtered
 
 

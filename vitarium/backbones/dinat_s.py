@@ -36,6 +36,7 @@ from vitarium.backbones._blocks import (
     PatchMerging,
     checkpoint_filter_fn,
     cycled,
+    no_buffers,
 )
 from vitarium.backbones._registry import Published, build, register, source_cfg
 from vitarium.checkpoints import Renames, Weight
@@ -55,6 +56,8 @@ class DiNATs(NeighborhoodPyramid):
 
 
 _RENAMES = Renames(())  # the authors' names are ours
+_BUFFERS = no_buffers
+_RESIZES = {"*.rpb": "bicubic"}
 _CODE_LICENCE = "MIT"
 _README = "README of SHI-Labs/Neighborhood-Attention-Transformer, d334f5b"
 _PUBLISHED = {

@@ -29,11 +29,13 @@ Shapes: B images, H x W tokens of the stage at hand, C channels. Tokens are [B, 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import timm
+import torch
 from timm.layers import get_device_dtype, resize_rel_pos_bias_table
 from timm.models import (
     PretrainedCfg,
@@ -47,7 +49,16 @@ from timm.models import (
 from torch import Tensor, nn
 
 from vitarium.backbones import _fused_blocks as blocks
-from vitarium.backbones._blocks import _POOLS, Backbone, checked_image, refuse_attention_dropout
+from vitarium.backbones._blocks import (
+    _POOLS,
+    Backbone,
+    checked_image,
+    is_window_table,
+    refuse_attention_dropout,
+    resized_window_table,
+    window_index,
+    window_mask,
+)
 from vitarium.backbones._registry import Published, build, register
 from vitarium.backbones._use_ops import BETWEEN
 from vitarium.backbones._use_ops import UsedOps as UsedOps
@@ -189,27 +200,73 @@ _RENAMES = Renames(
 )
 _STORED_BUFFERS = ("relative_position_index", "relative_coords_table", "attn_mask")
 _TABLE = ".relative_position_bias_table"
+_RESIZES = {
+    f"*{_TABLE}": "bicubic in the authors' files, timm's resize_rel_pos_bias_table in timm's"
+}
+
+
+def _BUFFERS(model: nn.Module) -> dict[str, Tensor]:  # noqa: N802
+    """What the authors of Swin and SwinV2 store beside parameters, in their names.
+
+    Args:
+        model: a model of `build`'s, whose windows and maps are those at its ``img_size``, or its
+            dense form, for whose maps no masks are stored.
+
+    Returns:
+        For every block ``attn.relative_position_index`` [L, L]; in SwinV2 also
+        ``attn.relative_coords_table`` [1, 2h - 1, 2w - 1, 2] for windows of h x w tokens; for
+        shifted windows ``attn_mask`` [windows, L, L]. L is the number of positions in a window.
+    """
+    found: dict[str, Tensor] = {}
+    windowed = (blocks.FusedSwinBlock, blocks.FusedSwinV2Block)
+    for name, block in model.named_modules():
+        if not isinstance(block, windowed):
+            continue
+        window, shift = block.window_size, block.shift_size
+        found[f"{name}.attn.relative_position_index"] = window_index(window)
+        if isinstance(block, blocks.FusedSwinV2Block):
+            table = _coordinates(window, block.attn.pretrained_window_size)
+            found[f"{name}.attn.relative_coords_table"] = table
+        if block.semantics != "dense" and shift != (0, 0):
+            size: Any = block.input_resolution
+            found[f"{name}.attn_mask"] = window_mask(size, window, shift)
+    return found
+
+
+def _coordinates(window: tuple[int, int], pretrained: tuple[int, int]) -> Tensor:
+    """SwinV2's offsets of key and query, spaced logarithmically, [1, 2h - 1, 2w - 1, 2].
+
+    The authors compute them in float32, in this order; the unit is the longest offset of the window
+    of pre-training, where there was one.
+    """
+    longest = (max((p or w) - 1, 1) for p, w in zip(pretrained, window, strict=True))
+    axes = [torch.arange(1 - w, w) / n * 8 for w, n in zip(window, longest, strict=True)]
+    offsets = torch.stack(torch.meshgrid(*axes, indexing="ij"), -1)[None]
+    return offsets.sign() * torch.log2(offsets.abs() + 1) / math.log2(8)
 
 
 def checkpoint_filter_fn(state_dict: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     """A state dict of the authors, of timm or of Florence-2, for ``model``.
 
-    Buffers that the authors store are dropped. Position tables for other windows are resized, as
-    timm and the authors' detectors do it. Norms that checkpoints of another task do not hold keep
-    their values: those of a detector's maps, and the classifier's one for Florence-2.
+    Buffers that the authors store are dropped. Position tables for other windows are resized, at
+    least in float32: those of the authors bicubically, as in load_pretrained() of utils.py in
+    microsoft/Swin-Transformer and in their detectors; those of timm's layout as timm does it. Norms
+    that checkpoints of another task do not hold keep their values: those of a detector's maps, and
+    the classifier's one for Florence-2.
     """
     own = model.state_dict()
     found = {k: v for k, v in state_dict.items() if not k.endswith(_STORED_BUFFERS)}
     absent: tuple[str, ...] = ()
     if "vision_tower.convs.0.proj.weight" in found:
         found, absent = davit.checkpoint_filter_fn(found, model), ("head.norm.",)
-    found = _RENAMES.to_ours(found, model)
+    theirs, found = found.keys(), _RENAMES.to_ours(found, model)
+    resized = resize_rel_pos_bias_table if found.keys() == theirs else resized_window_table
     if isinstance(model, DensePyramid) and {"norm.weight", "head.norm.weight"} & found.keys():
         absent = tuple(f"norm{i}." for i in model.out_indices)
     for name, table in found.items():
-        if name.endswith(_TABLE) and name in own and table.shape != own[name].shape:
+        if name.endswith(_TABLE) and name in own and is_window_table(table, own[name]):
             window: Any = model.get_submodule(name.removesuffix(_TABLE)).window_size
-            found[name] = resize_rel_pos_bias_table(table, window, own[name].shape)
+            found[name] = resized(table, window, own[name].shape)
     return {**{k: v for k, v in own.items() if absent and k.startswith(absent)}, **found}
 
 

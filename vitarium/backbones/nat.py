@@ -24,12 +24,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
-from vitarium.backbones._blocks import DensePyramid, NeighborhoodPyramid, checkpoint_filter_fn
+from vitarium.backbones._blocks import (
+    DensePyramid,
+    NeighborhoodPyramid,
+    checkpoint_filter_fn,
+    no_buffers,
+)
+from vitarium.backbones._nat_transformers import to_transformers as to_transformers
 from vitarium.backbones._registry import Published, build, register, source_cfg
 from vitarium.checkpoints import Renames, Weight
 
@@ -70,9 +76,12 @@ class NAT(NeighborhoodPyramid):
 
     stem = ConvStem
     downsample = ConvDownsample
+    transformers_prefix: ClassVar[str] = "nat."  # of names in the library transformers
 
 
 _RENAMES = Renames(())  # the authors' names are ours
+_BUFFERS = no_buffers
+_RESIZES = {"*.rpb": "bicubic"}
 
 
 _CODE_LICENCE = "MIT"

@@ -38,6 +38,8 @@ from vitarium.backbones._blocks import (
     checked_size,
     head_dim,
     refuse_attention_dropout,
+    window_index,
+    window_mask,
 )
 from vitarium.backbones._hosts._host import Host
 from vitarium.ops import window_attention
@@ -206,41 +208,42 @@ def without_buffers(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: x for name, x in state_dict.items() if not name.endswith(computed)}
 
 
-def buffers(model: Swin) -> dict[str, Tensor]:
-    """What the authors' classifier stores beside parameters, at the model's ``input_size``.
+def buffers(model: nn.Module) -> dict[str, Tensor]:
+    """What the authors of Swin, and of whatever is put into it, store beside parameters.
+
+    Args:
+        model: a `Swin`, whose windows and maps are those at its ``input_size``, or its dense form,
+            whose windows are never clamped and for whose maps no masks are stored.
 
     Returns:
         For blocks with windows ``attn.relative_position_index`` [L, L], and for those with shifted
         ones ``attn_mask`` [windows, L, L], where L is the number of positions in a window.
     """
-    found, cpu = {}, torch.device("cpu")
-    for i, level in enumerate(model.layers):
-        size = model._map_size(i)
-        for j, block in enumerate(level.blocks):
-            attn, name = block.attn, f"layers.{i}.blocks.{j}"
-            if not isinstance(attn, WindowAttention):
-                continue
-            given, shift = (2 * (n,) for n in (attn.window_size, attn.shift_size))
-            window, shift = windows.clamped(size, given, shift, "authors")
-            found[f"{name}.attn.{_INDEX}"] = windows.entries(window, window, cpu)
+    found = {}
+    for name, attn in model.named_modules():
+        if not isinstance(attn, WindowAttention):
+            continue
+        window, shift = (2 * (n,) for n in (attn.window_size, attn.shift_size))
+        if isinstance(model, Swin):
+            size = model._map_size(int(name.split(".")[1]))
+            window, shift = windows.clamped(size, window, shift, "authors")
             if shift != (0, 0):
-                axes = zip(size, window, shift, strict=True)
-                rows, columns = (windows.axis(*axis, "dense", cpu).region for axis in axes)
-                region = 3 * rows[:, None, :, None] + columns[:, None]
-                region = region.flatten(2).flatten(0, 1)
-                apart = region[:, :, None] != region[:, None]
-                found[f"{name}.{_MASK}"] = torch.where(apart, windows.MASKED, 0.0)
+                found[f"{name.removesuffix('attn')}{_MASK}"] = window_mask(size, window, shift)
+        found[f"{name}.{_INDEX}"] = window_index(window)
     return found
 
 
-def dense(model: Swin, out_indices: Sequence[int]) -> DensePyramid:
+def dense(
+    model: Swin, out_indices: Sequence[int], form: type[DensePyramid] = DensePyramid
+) -> DensePyramid:
     """The authors' detector's backbone: a norm for each map, and windows that are never clamped.
 
     Args:
         model: gives its stem and levels; it is not to be used further.
         out_indices: ascending indices of the levels whose maps are returned.
+        form: the class to build, which stands beside the family's ``checkpoint_filter_fn``.
     """
     for module in model.modules():
         if isinstance(module, WindowAttention):
             module.semantics = "dense"
-    return DensePyramid(model, out_indices)
+    return form(model, out_indices)
