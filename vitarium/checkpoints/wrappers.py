@@ -39,15 +39,24 @@ def unwrap(obj: Any, wrapper: str | None = None) -> dict[str, Tensor]:
 
 def unwrap_tensors(obj: Any, wrapper: str | None = None) -> dict[str, Tensor]:
     """`unwrap` up to the prefix of a detector's backbone, which only some models want removed."""
+    return unwrap_layers(obj, wrapper)[0]
+
+
+def unwrap_layers(
+    obj: Any, wrapper: str | None = None
+) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+    """`unwrap_tensors`, and what it took off: keys and prefixes, the outermost first."""
     if wrapper not in (None, "plain", *WRAPPERS):
         raise ValueError(f"wrapper: expected plain or one of {WRAPPERS}, got {wrapper!r}")
+    layers: list[str] = []
     if wrapper is None:
-        obj = _innermost(obj)
+        obj = _innermost(obj, layers)
     elif wrapper != "plain":
         if not isinstance(obj, Mapping) or wrapper not in obj:
             raise CheckpointError(f"expected a checkpoint with the entry {wrapper!r}")
         obj = obj[wrapper]
-    return _without_prefixes(_tensors(obj))
+        layers.append(wrapper)
+    return _without_prefixes(_tensors(obj), layers), tuple(layers)
 
 
 def split_detector(state_dict: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -66,16 +75,17 @@ def split_detector(state_dict: Mapping[str, Tensor]) -> tuple[dict[str, Tensor],
     return kept, dict.fromkeys(left, "detector part, not backbone")
 
 
-def _innermost(obj: Any) -> Any:
+def _innermost(obj: Any, layers: list[str]) -> Any:
     for _ in range(_DEPTH):
         inner = [
-            obj[key]
+            key
             for key in WRAPPERS
             if isinstance(obj, Mapping) and isinstance(obj.get(key), Mapping)
         ]
         if not inner:
             break
-        obj = inner[0]
+        obj = obj[inner[0]]
+        layers.append(inner[0])
     return obj
 
 
@@ -95,10 +105,11 @@ def _tensors(obj: Any) -> dict[str, Tensor]:
     return dict(obj)
 
 
-def _without_prefixes(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+def _without_prefixes(state_dict: dict[str, Tensor], layers: list[str]) -> dict[str, Tensor]:
     while True:
         for prefix in _PREFIXES:
             if all(name.startswith(prefix) for name in state_dict):
+                layers.append(prefix)
                 state_dict = {name.removeprefix(prefix): state_dict[name] for name in state_dict}
                 break
         else:

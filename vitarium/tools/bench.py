@@ -85,6 +85,10 @@ def run(args: Namespace) -> int:
             from vitarium.tools import bench_compile
 
             rows = bench_compile.measure(console, args.names)
+        elif args.what == "convert":
+            from vitarium.tools import bench_convert
+
+            rows = bench_convert.measure(console, args.rounds)
         else:
             from vitarium.tools import bench_startup
 

@@ -1,0 +1,636 @@
+"""Convert checkpoint files: into our layout, with a card, or into the authors'."""
+
+from __future__ import annotations
+
+import copy
+import errno
+import hashlib
+import json
+import os
+import platform
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from inspect import signature
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import safetensors
+import timm
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from timm.models import get_arch_pretrained_cfgs
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakTensorKeyDictionary
+
+import vitarium
+from vitarium.backbones._nat_transformers import to_transformers
+from vitarium.backbones._registry import entries
+from vitarium.checkpoints.errors import CheckpointError
+from vitarium.checkpoints.files import read
+from vitarium.checkpoints.loading import Report, compare, convert
+from vitarium.checkpoints.weights import Weight
+from vitarium.checkpoints.wrappers import split_detector, unwrap_layers
+from vitarium.heads.features import FeatureBackbone
+
+CARD_FORMAT = "vitarium-conversion/1"
+_DIRECTIONS = ("ours", "authors", "transformers")
+_DETECTOR = "backbone."
+_INNER = "model."
+_NONE_STATED = "none stated"
+_CHUNK = 1 << 18  # bytes; more do not stay in a core's cache between reading and hashing
+
+Size = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Resized:
+    """A table made for another size: its shapes before and after, and the rule in words."""
+
+    before: tuple[int, ...]
+    after: tuple[int, ...]
+    rule: str
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """A checkpoint in another layout, not written yet.
+
+    Attributes:
+        entry: the model's name, without a tag.
+        tag: of the released file, where the caller said it.
+        to: ``ours``, ``authors`` or ``transformers``.
+        task: ``det``, ``seg`` or None.
+        img_size: (H, W) in pixels that was asked for, or None.
+        wrapper: what was taken off around the tensors, keys and prefixes, the outermost first.
+        tensors: the result, by name; incomplete where something does not fit.
+        num_parameters: of the model.
+        report: how the checkpoint, in our names, and the model fit together; ``ignored`` holds
+            all that is dropped, by the checkpoint's own names, and why.
+        renamed: names of the result -> those of the checkpoint that it was made from, where
+            they differ.
+        resized: tables for another size, by our names.
+        may_resize: whether the caller allows that.
+        initialised: our names that the checkpoint rightly lacks, and what they hold.
+    """
+
+    entry: str
+    tag: str | None
+    to: str
+    task: str | None
+    img_size: Size | None
+    wrapper: tuple[str, ...]
+    tensors: Mapping[str, Tensor]
+    num_parameters: int
+    report: Report
+    renamed: Mapping[str, tuple[str, ...]]
+    resized: Mapping[str, Resized]
+    may_resize: bool
+    initialised: Mapping[str, str]
+
+    @property
+    def fault(self) -> str | None:
+        """Why this cannot be written, or None."""
+        if not self.report.whole:
+            hint = ""
+            if self.task is None and _DETECTOR in self.wrapper:
+                hint = ", which is a classifier; a detector's backbone needs a task, det or seg"
+            return f"the checkpoint does not fit {self.entry}{hint}: {self.report}"
+        if self.resized and not self.may_resize:
+            name, table = next(iter(self.resized.items()))
+            return (
+                f"{len(self.resized)} tables are for another size of images or windows, and are "
+                f"resized on request only (--img-size, --resize): {name} expected "
+                f"{list(table.after)}, got {list(table.before)}"
+            )
+        return None
+
+    def require_fit(self) -> None:
+        """Raise a `CheckpointError` where there is a `fault`."""
+        if self.fault is not None:
+            raise CheckpointError(self.fault)
+
+    def key_report(self) -> dict[str, Any]:
+        """What happens to each name, as plain data."""
+        shapes = self.report.misshapen.items()
+        return {
+            "entry": self.entry,
+            "to": self.to,
+            "task": self.task,
+            "wrapper": list(self.wrapper),
+            "fits": self.fault is None,
+            "fault": self.fault,
+            "matched": list(self.report.matched),
+            "renamed": {name: list(sources) for name, sources in self.renamed.items()},
+            **self._changes(),
+            "missing": list(self.report.missing),
+            "unexpected": list(self.report.unexpected),
+            "misshapen": {name: {"expected": a, "got": b} for name, (a, b) in shapes},
+        }
+
+    def _changes(self) -> dict[str, Any]:
+        return {
+            "dropped": dict(self.report.ignored),
+            "resized": {
+                name: {"from": list(x.before), "to": list(x.after), "rule": x.rule}
+                for name, x in self.resized.items()
+            },
+            "initialised": dict(self.initialised),
+        }
+
+
+def plan(
+    entry: str,
+    source: str | os.PathLike[str] | Mapping[str, Any],
+    *,
+    to: str = "ours",
+    task: str | None = None,
+    wrapper: str | None = None,
+    img_size: Size | None = None,
+    resize: bool = False,
+    num_classes: int | None = None,
+) -> Conversion:
+    """Convert a checkpoint in memory. Files are mapped, and only what changes is copied.
+
+    Args:
+        entry: a model of vitarium, with or without a tag. A tag says at which size tables were
+            made, how the authors wrap the file, whether it is a detector's, and its licence.
+        source: a file, or what such a file holds, in any layout that the family understands.
+        to: ``ours``; ``authors``, with the constants that they store; or, for NAT and DiNAT,
+            ``transformers``.
+        task: ``det`` or ``seg`` for the names of ``FeatureBackbone(entry, task=task)``; None for
+            the classifier's, or for what the tag says.
+        wrapper: where the tensors are instead of searching, see `unwrap`.
+        img_size: (H, W) in pixels for which tables of positions are to be made.
+        resize: whether tables may be resized to the entry's own size of images or windows.
+        num_classes: of the classifier, 0 for none; None for as many as the checkpoint has.
+
+    Returns:
+        The conversion; its ``fault`` says what does not fit.
+
+    Raises:
+        ValueError: an unknown entry, tag, layout, task or wrapper, one that the entry does not
+            have, a size that it cannot have or that changes nothing, or ``num_classes`` together
+            with a task.
+        CheckpointError: the file cannot be read, or its tensors cannot be converted.
+    """
+    target = _Target.of(entry, to, task, img_size, num_classes)
+    model = target.build()
+    if img_size is not None:
+        target.require_effect(img_size)
+    try:
+        obj = source if isinstance(source, Mapping) else read(source, mmap=True)
+        found, layers = unwrap_layers(obj, wrapper)
+        if any(name.startswith(_DETECTOR) for name in found):
+            layers = (*layers, _DETECTOR)
+        backbone, dropped = split_detector(found)
+        # Tensors of their own: the same one may stand behind two names.
+        state_dict = {name: tensor.detach() for name, tensor in backbone.items()}
+        for name, tensor in state_dict.items():
+            if tensor.is_meta:
+                raise CheckpointError(f"{name} is without data")
+        with _Provenance(state_dict) as sources:
+            converted = convert(state_dict, model)
+    except CheckpointError as error:
+        if isinstance(source, Mapping):
+            raise
+        raise CheckpointError(f"{os.fspath(source)}: {error}") from error
+    model, ignored = target.fitted(model, converted)
+    report = compare({name: x.to("meta") for name, x in converted.items()}, model, ignored)
+    constants = target.constants(model)
+    used = {name for tensor in converted.values() for name in sources.of(tensor)}
+    dropped |= {name: _why_left(name, constants) for name in state_dict if name not in used}
+    for name, why in report.ignored.items():
+        dropped |= dict.fromkeys(sources.of(converted[name]), why)
+    kept = {name: converted[name] for name in report.matched}
+    initialised = _initialise(kept, model) if report.whole else {}
+    with sources:
+        tensors = target.laid_out(kept, model)
+    made = {name: sources.of(tensor) for name, tensor in tensors.items()}
+    return Conversion(
+        entry=target.entry,
+        tag=target.tag,
+        to=target.to,
+        task=target.task,
+        img_size=img_size,
+        wrapper=layers,
+        tensors=tensors,
+        num_parameters=sum(p.numel() for p in model.parameters()),
+        report=Report(report.matched, dropped, report.missing, report.unexpected, report.misshapen),
+        renamed={name: names for name, names in made.items() if names not in ((), (name,))},
+        resized=_resized(target.family, state_dict, converted, sources),
+        may_resize=resize or img_size is not None,
+        initialised=initialised,
+    )
+
+
+def check_files(
+    source: str | os.PathLike[str], out: str | os.PathLike[str], to: str = "ours"
+) -> None:
+    """Whether `write` may write there; nothing is read or written but an existing card.
+
+    Raises:
+        ValueError: a suffix other than ``.safetensors`` (or ``.pth``, for another layout than
+            ours), ``out`` is ``source``, or another file than its card stands where that goes.
+        OSError: no such folder, or a folder in place of a file.
+    """
+    out = Path(out)
+    card = card_path(out)
+    suffixes = (".safetensors",) if to == "ours" else (".safetensors", ".pth")
+    if out.suffix not in suffixes:
+        raise ValueError(f"out: expected a name that ends with {' or '.join(suffixes)}, got {out}")
+    if not out.parent.is_dir():
+        raise FileNotFoundError(errno.ENOENT, "no such folder", str(out.parent))
+    if out.is_dir():
+        raise IsADirectoryError(errno.EISDIR, "expected a file, got a folder", str(out))
+    if out.exists() and Path(source).exists() and out.samefile(source):
+        raise ValueError(f"out: expected another file than the checkpoint itself, got {out}")
+    if card.exists() and not (card.is_file() and _is_card(card, out.name)):
+        raise ValueError(f"out: {card}, where the card goes, exists and is not that of {out.name}")
+
+
+def write(
+    conversion: Conversion, source: str | os.PathLike[str], out: str | os.PathLike[str]
+) -> dict[str, Any]:
+    """Write a conversion: tensors, and beside them a card of the same name that ends in .json.
+
+    Both go to temporary names in the same folder and are renamed when they are complete and
+    synced; until then existing files stay as they are.
+
+    Args:
+        conversion: what to write.
+        source: the file that it comes from.
+        out: a name that ends with ``.safetensors``; or, for another layout than ours, ``.pth``,
+            where the authors' has the wrapper that the registry states.
+
+    Returns:
+        The card.
+
+    Raises:
+        CheckpointError: the conversion has a fault.
+        ValueError: as `check_files`.
+        OSError: it cannot be written.
+    """
+    conversion.require_fit()
+    source, out = Path(source), Path(out)
+    check_files(source, out, conversion.to)
+    pickled = out.suffix == ".pth"
+    tensors = _separate(conversion.tensors, whole=pickled)
+    needed, free = sum(x.nbytes for x in tensors.values()), shutil.disk_usage(out.parent).free
+    if needed > free:
+        raise OSError(
+            errno.ENOSPC, f"needs {needed:,} bytes, and {free:,} are left", str(out.parent)
+        )
+    sha256 = _sha256(source)
+    tag = conversion.tag or _released(conversion.entry, sha256)
+    wrapper = _wrapper(conversion, tag) if pickled else None
+    with _replacing(card_path(out)) as card_part, _replacing(out) as part:
+        try:
+            if pickled:
+                with part.open("wb") as file:  # by its name torch would call what is inside
+                    torch.save(tensors if wrapper is None else {wrapper: tensors}, file)
+            else:
+                save_file(tensors, part, {"format": "pt", "source_sha256": sha256})
+                _order_metadata(part)
+        except (SafetensorError, RuntimeError) as error:
+            # On a full disk torch complains of what follows from it.
+            cause = error.__context__ if isinstance(error.__context__, OSError) else error
+            raise OSError(f"{out}: cannot be written: {cause}") from error
+        _sync(part)
+        card = {
+            "format": CARD_FORMAT,
+            "entry": conversion.entry,
+            "tag": tag,
+            "task": conversion.task,
+            "to": conversion.to,
+            "img_size": conversion.img_size,
+            "source": _described(source.name, source, sha256) | {"wrapper": conversion.wrapper},
+            "output": _described(out.name, part, _sha256(part)) | {"wrapper": wrapper},
+            "tensors": len(tensors),
+            "parameters": conversion.num_parameters,
+            **conversion._changes(),
+            "licence": _licence(conversion.entry, tag),
+            "versions": {
+                "vitarium": vitarium.__version__,
+                "torch": torch.__version__,
+                "timm": timm.__version__,
+                "safetensors": safetensors.__version__,
+                "python": platform.python_version(),
+            },
+        }
+        card_part.write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
+        _sync(card_part)
+    return card
+
+
+# The model
+
+
+@dataclass(frozen=True)
+class _Target:
+    """The model that a checkpoint is converted for."""
+
+    entry: str
+    tag: str | None
+    to: str
+    task: str | None
+    img_size: Size | None
+    num_classes: int | None
+
+    @classmethod
+    def of(
+        cls,
+        name: str,
+        to: str,
+        task: str | None,
+        img_size: Size | None,
+        num_classes: int | None,
+    ) -> _Target:
+        entry, _, tag = name.partition(".")
+        if entry not in entries():
+            raise ValueError(f"entry: expected a model of vitarium, got {entry!r}")
+        known = sorted({*get_arch_pretrained_cfgs(entry), *_weights(entry)})
+        if tag and name not in known:
+            raise ValueError(f"entry: expected {entry} or one of {known}, got {name!r}")
+        weight = _weights(entry).get(name)
+        if task is None and weight is not None and weight.task != "cls":
+            task = weight.task
+        if num_classes is not None and (task is not None or num_classes < 0):
+            expected = "no negative number" if task is None else "None with a task"
+            raise ValueError(f"num_classes: expected {expected}, got {num_classes}")
+        if to not in _DIRECTIONS:
+            raise ValueError(f"to: expected one of {_DIRECTIONS}, got {to!r}")
+        classifier = type(timm.create_model(entry, device="meta"))
+        if to == "transformers" and not hasattr(classifier, "transformers_prefix"):
+            raise ValueError(f"to: transformers has NAT and DiNAT only, got {entry}")
+        sized = any("img_size" in signature(base).parameters for base in classifier.mro())
+        if img_size is not None and not sized:
+            raise ValueError(
+                f"img_size: expected None, no tensor of {entry} depends on the size of images, "
+                f"got {img_size}"
+            )
+        return cls(entry, tag or None, to, task, img_size, num_classes)
+
+    @property
+    def family(self) -> ModuleType:
+        return entries()[self.entry]
+
+    def build(self, **kwargs: Any) -> Any:
+        """The model without memory for its tensors."""
+        tagged = f"{self.entry}.{self.tag}"
+        name = tagged if tagged in get_arch_pretrained_cfgs(self.entry) else self.entry
+        given = {"img_size": self.img_size, "num_classes": self.num_classes, **kwargs}
+        given = {key: value for key, value in given.items() if value is not None}
+        if self.task is not None:
+            return FeatureBackbone(name, task=self.task, device="meta", **given)
+        return timm.create_model(name, device="meta", **given)
+
+    def require_effect(self, img_size: Size) -> None:
+        """Raise unless tensors, or constants that are to be written, depend on the size."""
+        height, width = img_size
+        shapes = []
+        for size in (img_size, (2 * height, 2 * width)):
+            model = self.build(img_size=size)
+            tensors = model.state_dict() | (self.constants(model) if self.to == "authors" else {})
+            shapes.append({name: x.shape for name, x in tensors.items()})
+        if shapes[0] == shapes[1]:
+            raise ValueError(
+                f"img_size: expected None, {self.entry} has the same tensors for all images of "
+                f"{height} x {width} pixels and more, got {img_size}"
+            )
+
+    def fitted(self, model: Any, converted: Mapping[str, Tensor]) -> tuple[Any, dict[str, str]]:
+        """The model with the checkpoint's number of classes, and what it rightly ignores."""
+        if self.task is not None:
+            return model, model.checkpoint_ignore()
+        classifier = model.pretrained_cfg["classifier"]
+        if self.num_classes == 0:
+            return model, {f"{classifier}.*": "no classifier is asked for"}
+        weight = converted.get(f"{classifier}.weight")
+        if self.num_classes is None and weight is not None and weight.ndim:
+            classes = len(weight)
+            if classes not in (0, model.num_classes):
+                model = self.build(num_classes=classes)
+        return model, {}
+
+    def constants(self, model: Any) -> dict[str, Tensor]:
+        """What the authors store beside, by their names."""
+        found: dict[str, Tensor] = self.family._BUFFERS(model if self.task is None else model.model)
+        return found
+
+    def laid_out(self, state_dict: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
+        """A state dict in our names as it is to be written."""
+        if self.to == "ours":
+            return state_dict
+        inner, prefix = (model, "") if self.task is None else (model.model, _INNER)
+        bare = {name.removeprefix(prefix): tensor for name, tensor in state_dict.items()}
+        if self.to == "transformers":
+            return to_transformers(bare, inner)
+        theirs, constants = self.family._RENAMES.to_authors(bare), self.constants(model)
+        assert not theirs.keys() & constants.keys()
+        outer = "" if self.task is None else _DETECTOR
+        return {outer + name: tensor for name, tensor in {**theirs, **constants}.items()}
+
+
+def _weights(entry: str) -> dict[str, Weight]:
+    """The released files of an entry, by ``entry.tag``."""
+    weights: Mapping[str, Weight] = getattr(entries()[entry], "_WEIGHTS", {})
+    return {name: x for name, x in weights.items() if name.partition(".")[0] == entry}
+
+
+def _released(entry: str, sha256: str) -> str | None:
+    """The tag of the released file with this hash."""
+    for name, weight in _weights(entry).items():
+        if weight.sha256 == sha256:
+            return name.partition(".")[2]
+    return None
+
+
+def _licence(entry: str, tag: str | None) -> dict[str, Any]:
+    """What the registry states, and of which released files: of all, where the tag is not known."""
+    weights = _weights(entry)
+    if f"{entry}.{tag}" in weights:
+        weights = {f"{entry}.{tag}": weights[f"{entry}.{tag}"]}
+    code = getattr(entries()[entry], "_CODE_LICENCE", _NONE_STATED)
+    return {
+        "code": " or ".join(sorted({x.code_licence or code for x in weights.values()})) or code,
+        "weights": " or ".join(sorted({x.licence for x in weights.values()})) or _NONE_STATED,
+        "stated_for": list(weights),
+    }
+
+
+def _wrapper(conversion: Conversion, tag: str | None) -> str | None:
+    """The key under which the authors' files hold tensors, or None for none."""
+    if conversion.to == "transformers":
+        return None
+    if conversion.task is not None:
+        return "state_dict"
+    weights = _weights(conversion.entry)
+    of_tag = weights.get(f"{conversion.entry}.{tag}")
+    family: Mapping[str, Weight] = getattr(entries()[conversion.entry], "_WEIGHTS", {})
+    known = [of_tag] if of_tag is not None else [*weights.values(), *family.values()]
+    stated = [x.wrapper for x in known if x.task == "cls" and x.wrapper not in (None, "plain")]
+    return stated[0] if stated else None
+
+
+# Tensors
+
+
+class _Provenance(TorchFunctionMode):
+    """Follows, inside a ``with``, from which tensors of a checkpoint others are made."""
+
+    def __init__(self, state_dict: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        self._sources: Any = WeakTensorKeyDictionary()
+        for name, tensor in state_dict.items():
+            self._sources[tensor] = (name,)
+
+    def of(self, *values: Any) -> tuple[str, ...]:
+        """Names of the checkpoint that went into tensors, however they are nested."""
+        tensors = [x for x in tree_leaves(values) if isinstance(x, Tensor)]
+        return tuple(dict.fromkeys(name for x in tensors for name in self._sources.get(x, ())))
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        changed = args[0] if func is Tensor.__setitem__ else result
+        if names := self.of(args, kwargs):
+            for x in tree_leaves(changed):
+                if isinstance(x, Tensor):
+                    self._sources[x] = names
+        return result
+
+
+def _why_left(name: str, constants: Mapping[str, Tensor]) -> str:
+    if name in constants:
+        return "stored constant, computed here"
+    return "no part of this model, by its family's conversion"
+
+
+def _resized(
+    family: ModuleType,
+    before: Mapping[str, Tensor],
+    after: Mapping[str, Tensor],
+    sources: _Provenance,
+) -> dict[str, Resized]:
+    """Tensors that are made from one other, alone, and have more elements or fewer."""
+    made = {name: sources.of(tensor) for name, tensor in after.items()}
+    uses = Counter(name for names in made.values() for name in names)
+    rules: Mapping[str, str] = getattr(family, "_RESIZES", {})
+    resized = {}
+    for name, names in made.items():
+        if len(names) != 1 or uses[names[0]] != 1:
+            continue
+        old, new = before[names[0]].shape, after[name].shape
+        rule = next((rules[pattern] for pattern in rules if fnmatchcase(name, pattern)), None)
+        if old.numel() != new.numel() or (rule is not None and old != new):
+            resized[name] = Resized(tuple(old), tuple(new), rule or _NONE_STATED)
+    return resized
+
+
+def _initialise(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, str]:
+    """Give tensors that a conversion took from the model, which has no memory, initial values."""
+    floats = {x.dtype for x in state_dict.values() if x.is_floating_point() and not x.is_meta}
+    initialised = {}
+    for name, tensor in state_dict.items():
+        if not tensor.is_meta:
+            continue
+        owner, _, leaf = name.rpartition(".")
+        norm: Any = copy.deepcopy(model.get_submodule(owner)).to_empty(device="cpu")
+        norm.reset_parameters()
+        value: Tensor = norm.state_dict()[leaf]
+        if value.is_floating_point() and len(floats) == 1:
+            value = value.to(floats.copy().pop())
+        state_dict[name] = value
+        initialised[name] = f"not in the checkpoint: as {type(norm).__name__} begins"
+    return initialised
+
+
+def _separate(tensors: Mapping[str, Tensor], whole: bool) -> dict[str, Tensor]:
+    """Contiguous tensors that share no memory, copied only where they must be.
+
+    Args:
+        tensors: by name.
+        whole: whether each must fill its storage, all of which a pickle would hold.
+    """
+    found = {name: x.contiguous() for name, x in tensors.items()}
+    end = 0
+    for name in sorted(found, key=lambda name: found[name].data_ptr()):
+        x = found[name]
+        if x.nbytes and (
+            x.data_ptr() < end or (whole and x.untyped_storage().nbytes() != x.nbytes)
+        ):
+            found[name] = x.clone()
+        end = max(end, x.data_ptr() + x.nbytes)
+    return found
+
+
+# Files
+
+
+def card_path(out: Path) -> Path:
+    """Where the card of a converted file is."""
+    return out.with_suffix(".json")
+
+
+def _is_card(path: Path, of: str) -> bool:
+    try:
+        card = json.loads(path.read_bytes())
+        return bool(card["format"] == CARD_FORMAT and card["output"]["file"] == of)
+    except (ValueError, RecursionError, KeyError, TypeError):
+        return False
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """A temporary name in the same folder; it becomes ``path`` at the end, or is removed."""
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        yield part
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _order_metadata(path: Path) -> None:
+    """Give the metadata of a safetensors file, which come in any order, one: same bytes each time.
+
+    Compact JSON of the same entries has the same length.
+    """
+    with path.open("rb+") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+        assert len(text) <= length
+        file.seek(8)
+        file.write(text.ljust(length))
+
+
+def _sync(path: Path) -> None:
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
+
+
+def _sha256(path: Path) -> str:
+    digest, buffer = hashlib.sha256(), memoryview(bytearray(_CHUNK))
+    with path.open("rb", buffering=0) as file:
+        while count := file.readinto(buffer):
+            digest.update(buffer[:count])
+    return digest.hexdigest()
+
+
+def _described(name: str, path: Path, sha256: str) -> dict[str, Any]:
+    return {"file": name, "size": path.stat().st_size, "sha256": sha256}
