@@ -203,7 +203,7 @@ def plan(
             raise
         raise CheckpointError(f"{os.fspath(source)}: {error}") from error
     model, ignored = target.fitted(model, converted)
-    report = compare({name: x.to("meta") for name, x in converted.items()}, model, ignored)
+    report = compare(converted, model, ignored, data=False)
     constants = target.constants(model)
     used = {name for tensor in converted.values() for name in sources.of(tensor)}
     dropped |= {name: _why_left(name, constants) for name in state_dict if name not in used}
