@@ -100,10 +100,12 @@ def _size(text: str) -> int | None:
     return None if text == "native" else _positive(text)
 
 
-def _image_size(text: str) -> tuple[int, int]:
-    """Height and width of one number, or of two."""
-    height, by, width = text.partition("x")
-    return _positive(height), _positive(width if by else height)
+def _height_width(text: str) -> tuple[int, int]:
+    """``N`` or ``HxW`` as (height, width)."""
+    match = re.fullmatch("([1-9][0-9]*)(?:x([1-9][0-9]*))?", text)
+    if match is None:
+        raise argparse.ArgumentTypeError(f"expected N or HxW in pixels, got {text!r}")
+    return int(match[1]), int(match[2] or match[1])
 
 
 def _pixel(text: str) -> tuple[float, float]:
@@ -138,9 +140,7 @@ def _parser() -> argparse.ArgumentParser:
     _picture_arguments(command("features", "picture a model's feature pyramid of an image"))
     _visualize_arguments(command("visualize", "picture what a pixel attends to, NAT and DiNAT"))
     command("doctor", "versions, devices, and which implementation each op would run and why")
-    _convert_arguments(
-        command("convert", "write a checkpoint file in our layout, or in the authors'")
-    )
+    _convert_arguments(command("convert", "a checkpoint file in our layout, or in the authors'"))
     _bench_arguments(command("bench", "time ops, models and start-up, beside their peers"))
     _demo_arguments(command("demo", "classify digits, picture features and attention"))
     _digits_arguments(command("digits", "train and test nat_atto on handwritten digits"))
@@ -212,54 +212,6 @@ def _visualize_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="X,Y",
         help="a pixel of IMAGE, or fractions of its width and height (default: 0.5,0.5)",
     )
-
-
-def _convert_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("entry", metavar="NAME[.TAG]", help="a model that `vitarium list` prints")
-    parser.add_argument("source", metavar="IN", help="a checkpoint file, in any known layout")
-    parser.add_argument(
-        "out",
-        metavar="OUT",
-        help="NAME.safetensors, or NAME.pth in another layout than ours; a card goes to NAME.json",
-    )
-    parser.add_argument(
-        "--to",
-        choices=("ours", "authors", "transformers"),
-        default="ours",
-        help="the layout (default: ours); transformers has NAT and DiNAT only",
-    )
-    parser.add_argument(
-        "--task",
-        choices=("det", "seg"),
-        help="the backbone of detection or segmentation (default: the classifier)",
-    )
-    parser.add_argument(
-        "--wrapper",
-        metavar="W",
-        help="where IN holds its tensors: plain, model, state_dict, model_ema, state_dict_ema"
-        " (default: search, averaged weights first)",
-    )
-    parser.add_argument(
-        "--img-size",
-        type=_image_size,
-        metavar="N|HxW",
-        help="resize tables of positions to images of this size, in pixels",
-    )
-    parser.add_argument(
-        "--resize",
-        action="store_true",
-        help="resize tables of positions to the model's own size of images or windows",
-    )
-    parser.add_argument(
-        "--num-classes",
-        type=int,
-        metavar="N",
-        help="of the classifier, 0 for none (default: as in IN)",
-    )
-    parser.add_argument(
-        "--dry-run", action="store_true", help="say what would happen to each name, write nothing"
-    )
-    parser.add_argument("--json", action="store_true", help="print all names, as JSON")
 
 
 def _bench_arguments(parser: argparse.ArgumentParser) -> None:
@@ -353,6 +305,54 @@ def _bench_models_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--channels-last", action="store_true", help="the layout of images")
     parser.add_argument("--base", metavar="NAME", help="compare with this one (default: the first)")
+
+
+def _convert_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("entry", metavar="NAME[.TAG]", help="a model that `vitarium list` prints")
+    parser.add_argument("source", metavar="IN", help="a checkpoint file, in any known layout")
+    parser.add_argument(
+        "out",
+        metavar="OUT",
+        help="NAME.safetensors, or NAME.pth in another layout than ours; a card goes to NAME.json",
+    )
+    parser.add_argument(
+        "--to",
+        choices=("ours", "authors", "transformers"),
+        default="ours",
+        help="the layout (default: ours); transformers has NAT and DiNAT only",
+    )
+    parser.add_argument(
+        "--task",
+        choices=("det", "seg"),
+        help="the backbone of detection or segmentation (default: the classifier)",
+    )
+    parser.add_argument(
+        "--wrapper",
+        metavar="W",
+        help="where IN holds its tensors: plain, model, state_dict, model_ema, state_dict_ema"
+        " (default: search, averaged weights first)",
+    )
+    parser.add_argument(
+        "--img-size",
+        type=_height_width,
+        metavar="N|HxW",
+        help="resize tables of positions to images of this size, in pixels",
+    )
+    parser.add_argument(
+        "--resize",
+        action="store_true",
+        help="resize tables of positions to the model's own size of images or windows",
+    )
+    parser.add_argument(
+        "--num-classes",
+        type=int,
+        metavar="N",
+        help="of the classifier, 0 for none (default: as in IN)",
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="say what would happen to each name, write nothing"
+    )
+    parser.add_argument("--json", action="store_true", help="print all names, as JSON")
 
 
 def _demo_arguments(parser: argparse.ArgumentParser) -> None:

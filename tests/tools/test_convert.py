@@ -453,7 +453,7 @@ def test_sizes_that_do_not_parse(capsys):
     for size in ("0", "64x", "x64", "64x64x64", "-1"):
         with pytest.raises(SystemExit):
             vitarium_cli.main(["convert", "a", "b", "c", "--img-size", size])
-        assert "expected a positive integer" in capsys.readouterr().err
+        assert "expected N or HxW in pixels" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no limits on the size of files")
