@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 import vitarium_cli
 from vitarium import checkpoints
 from vitarium.backbones._registry import entries
-from vitarium.checkpoints import CheckpointError, conversion
+from vitarium.checkpoints import CheckpointError, Weight, conversion
 from vitarium.heads.features import FeatureBackbone
 
 DENSE = [
@@ -78,6 +78,8 @@ def test_a_detector_s_backbone_goes_both_ways(name, program, tmp_path):
     detector = torch.load(theirs, weights_only=True)
     assert detector.keys() == {"state_dict"}
     assert all(key.startswith("backbone.") for key in detector["state_dict"])
+    output = json.loads(theirs.with_suffix(".json").read_text())["output"]
+    assert output["wrapper"] == ["state_dict", "backbone."]
     detector["state_dict"]["neck.lateral.weight"] = torch.zeros(3)
     assert program("convert", name, saved(detector, theirs), back, *det).status == 0
     assert same(load_file(back), ours)
@@ -124,7 +126,7 @@ def test_the_card_tells_where_the_tensors_come_from(program, tmp_path):
         "file": "swin.safetensors",
         "size": out.stat().st_size,
         "sha256": sha256(out),
-        "wrapper": None,
+        "wrapper": [],
     }
     assert card["format"] == conversion.CARD_FORMAT
     assert card["parameters"] == sum(p.numel() for p in model.parameters())
@@ -166,6 +168,37 @@ def test_a_tag_tells_its_licence_and_size(program, tmp_path):
     assert program("convert", "nat_atto.digits", source, out).err.startswith(
         "vitarium: error: entry: expected nat_atto or one of"
     )
+
+
+def test_a_tag_tells_the_task_and_the_wrapper(program, tmp_path, monkeypatch):
+    known = entries()["nat_atto"]._WEIGHTS
+    why = "made up for a test"
+    detector = Weight(unreleased=why, task="det", licence="X", code_licence="Y")
+    monkeypatch.setitem(known, "nat_atto.me_coco", detector)
+    monkeypatch.setitem(known, "nat_atto.me_in1k", Weight(unreleased=why, wrapper="state_dict"))
+    dense = weights(FeatureBackbone("nat_atto", task="det"))
+    source = tmp_path / "in.safetensors"
+    save_file({f"backbone.{key.removeprefix('model.')}": x for key, x in dense.items()}, source)
+    out = tmp_path / "out.safetensors"
+    assert program("convert", "nat_atto.me_coco", source, out).status == 0
+    assert same(load_file(out), dense)
+    licence = {"code": "Y", "weights": "X", "stated_for": ["nat_atto.me_coco"]}
+    assert json.loads(out.with_suffix(".json").read_text())["licence"] == licence
+    assert program("convert", "nat_atto", source, out, "--task", "det").status == 0
+    assert json.loads(out.with_suffix(".json").read_text())["licence"] == licence
+
+    ours = weights(timm.create_model("nat_atto"))
+    save_file(ours, source)
+    theirs = tmp_path / "theirs.pth"
+    assert program("convert", "nat_atto.me_in1k", source, theirs, "--to", "authors").status == 0
+    assert torch.load(theirs).keys() == {"state_dict"}
+    assert json.loads(theirs.with_suffix(".json").read_text())["output"]["wrapper"] == [
+        "state_dict"
+    ]
+    assert program("convert", "nat_atto", source, out).status == 0
+    card = json.loads(out.with_suffix(".json").read_text())
+    assert card["licence"]["weights"] == "Apache-2.0 or none stated"
+    assert card["licence"]["stated_for"] == ["nat_atto.vitarium_digits", "nat_atto.me_in1k"]
 
 
 def test_a_released_file_is_known_by_its_hash(program, tmp_path):
@@ -221,6 +254,16 @@ def test_what_does_not_fit_is_reported_and_writes_nothing(program, tmp_path):
         assert report["misshapen"].keys() == {"norm.bias"}
         assert program("convert", "nat_atto", source, out, *dry).out.count("missing") == 1
     assert list(tmp_path.iterdir()) == [source]
+
+
+def test_what_does_not_fit_is_reported_for_other_layouts_too(program, tmp_path):
+    ours = weights(timm.create_model("nat_atto", layer_scale=0.1))
+    lost = {key: x for key, x in ours.items() if not key.endswith(".gamma2")}
+    source = saved(lost, tmp_path / "in.pth")
+    for to in ("authors", "transformers"):
+        status, out, err = program("convert", "nat_atto", source, tmp_path / "o.pth", "--to", to)
+        assert (status, "does not fit nat_atto" in err) == (1, True)
+        assert "levels.0.blocks.0.gamma1" in out
 
 
 def test_a_dry_run_says_what_would_happen(program, tmp_path):

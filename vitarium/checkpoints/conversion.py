@@ -70,7 +70,7 @@ class Conversion:
         task: ``det``, ``seg`` or None.
         img_size: (H, W) in pixels that was asked for, or None.
         wrapper: what was taken off around the tensors, keys and prefixes, the outermost first.
-        tensors: the result, by name; incomplete where something does not fit.
+        tensors: the result, by name; where something does not fit, what does, in our names.
         num_parameters: of the model.
         report: how the checkpoint, in our names, and the model fit together; ``ignored`` holds
             all that is dropped, by the checkpoint's own names, and why.
@@ -212,7 +212,7 @@ def plan(
     kept = {name: converted[name] for name in report.matched}
     initialised = _initialise(kept, model) if report.whole else {}
     with sources:
-        tensors = target.laid_out(kept, model)
+        tensors = target.laid_out(kept, model) if report.whole else kept
     made = {name: sources.of(tensor) for name, tensor in tensors.items()}
     return Conversion(
         entry=target.entry,
@@ -291,6 +291,9 @@ def write(
     sha256 = _sha256(source)
     tag = conversion.tag or _released(conversion.entry, sha256)
     wrapper = _wrapper(conversion, tag) if pickled else None
+    around = [] if wrapper is None else [wrapper]
+    if conversion.to == "authors" and conversion.task is not None:
+        around.append(_DETECTOR)
     with _replacing(card_path(out)) as card_part, _replacing(out) as part:
         try:
             if pickled:
@@ -312,11 +315,11 @@ def write(
             "to": conversion.to,
             "img_size": conversion.img_size,
             "source": _described(source.name, source, sha256) | {"wrapper": conversion.wrapper},
-            "output": _described(out.name, part, _sha256(part)) | {"wrapper": wrapper},
+            "output": _described(out.name, part, _sha256(part)) | {"wrapper": around},
             "tensors": len(tensors),
             "parameters": conversion.num_parameters,
             **conversion._changes(),
-            "licence": _licence(conversion.entry, tag),
+            "licence": _licence(conversion, tag),
             "versions": {
                 "vitarium": vitarium.__version__,
                 "torch": torch.__version__,
@@ -453,16 +456,20 @@ def _released(entry: str, sha256: str) -> str | None:
     return None
 
 
-def _licence(entry: str, tag: str | None) -> dict[str, Any]:
-    """What the registry states, and of which released files: of all, where the tag is not known."""
-    weights = _weights(entry)
-    if f"{entry}.{tag}" in weights:
-        weights = {f"{entry}.{tag}": weights[f"{entry}.{tag}"]}
+def _licence(conversion: Conversion, tag: str | None) -> dict[str, Any]:
+    """What the registry states, and for which files: all of a kind, where the tag is not known."""
+    entry, task = conversion.entry, conversion.task
+    kind = task if task is not None and _DETECTOR in conversion.wrapper else "cls"
+    stated = {
+        name: weight
+        for name, weight in _weights(entry).items()
+        if (weight.task == kind if tag is None else name == f"{entry}.{tag}")
+    }
     code = getattr(entries()[entry], "_CODE_LICENCE", _NONE_STATED)
     return {
-        "code": " or ".join(sorted({x.code_licence or code for x in weights.values()})) or code,
-        "weights": " or ".join(sorted({x.licence for x in weights.values()})) or _NONE_STATED,
-        "stated_for": list(weights),
+        "code": " or ".join(sorted({x.code_licence or code for x in stated.values()})) or code,
+        "weights": " or ".join(sorted({x.licence for x in stated.values()})) or _NONE_STATED,
+        "stated_for": list(stated),
     }
 
 
