@@ -10,7 +10,8 @@ Quirks:
       level's dilation. NAT and DiNAT of one size have the same parameters.
     - ``dinat_small`` has no layer scale, though ``nat_small`` has.
     - The 384-pixel model with 7 x 7 windows has other dilations (13, 6, 3) than the 224-pixel one;
-      the one with 11 x 11 windows keeps 8, 4, 2.
+      the one with 11 x 11 windows keeps 8, 4, 2. Its ImageNet-22k weights are those for 7 x 7 with
+      position tables resized bicubically.
     - Detection and segmentation have dilations of their own, see `dense_kwargs`.
     - A map smaller than kernel x dilation is padded to it, as in NAT, block by block.
     - The authors trained with stochastic depth of 0.2 (mini, tiny), 0.3 (small), 0.5 (base), 0.35
