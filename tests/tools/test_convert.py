@@ -334,6 +334,25 @@ def test_tables_are_resized_when_another_size_is_asked_for(name, program, tmp_pa
         assert change["rule"] in ("linear", "bicubic")
 
 
+@pytest.mark.parametrize("name", ["agent_deit_atto", "agent_pvt_atto"])
+def test_as_many_positions_of_another_form_are_resized(name, program, tmp_path):
+    """64 x 64 and 32 x 128 pixels give maps of as many tokens."""
+    ours = weights(timm.create_model(name))
+    source, out = saved(ours, tmp_path / "in.pth"), tmp_path / "out.safetensors"
+    assert program("convert", name, source, out, "--img-size", "32x128").status == 0
+    model = timm.create_model(name)
+    model.load_state_dict(ours)
+    model.set_input_size((32, 128))
+    found = load_file(out)
+    resized = json.loads(out.with_suffix(".json").read_text())["resized"]
+    tables = [key for key in ours if key.startswith("pos_embed")]
+    for key in tables:
+        assert found[key].shape == ours[key].shape
+        torch.testing.assert_close(found[key], model.state_dict()[key])
+        assert not torch.equal(found[key], ours[key])
+    assert resized.keys() >= {*tables}
+
+
 def test_tables_are_not_resized_unasked(program, tmp_path):
     source = saved(weights(timm.create_model("vitrpb_atto", img_size=96)), tmp_path / "in.pth")
     out = tmp_path / "out.safetensors"

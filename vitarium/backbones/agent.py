@@ -550,10 +550,17 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Tensor], model: nn.Module) -> 
     """
     expected = model.state_dict()
     filtered = _blocks.checkpoint_filter_fn(swin.without_buffers(dict(state_dict)), model)
+    # As many positions may be of a map of another form: only the tables along its axes tell.
+    moved = any(
+        name.endswith(tuple(_AXES)) and x.shape != expected[name].shape
+        for name, x in filtered.items()
+        if name in expected
+    )
     for name, x in filtered.items():
         shape = expected[name].shape if name in expected else x.shape
         leaf = name.rpartition(".")[2]
-        if x.shape == shape or x.ndim != len(shape) or not x.is_floating_point():
+        fits = x.shape == shape and not (moved and leaf.startswith("pos_embed"))
+        if fits or x.ndim != len(shape) or not x.is_floating_point():
             continue
         if leaf in _AXES:
             axis = _AXES[leaf]

@@ -532,7 +532,7 @@ def _resized(
     after: Mapping[str, Tensor],
     sources: _Provenance,
 ) -> dict[str, Resized]:
-    """Tensors that are made from one other, alone, and have more elements or fewer."""
+    """Tables that are not as they were, and whatever has more elements or fewer than its source."""
     made = {name: sources.of(tensor) for name, tensor in after.items()}
     uses = Counter(name for names in made.values() for name in names)
     rules: Mapping[str, str] = getattr(family, "_RESIZES", {})
@@ -542,7 +542,8 @@ def _resized(
             continue
         old, new = before[names[0]].shape, after[name].shape
         rule = next((rules[pattern] for pattern in rules if fnmatchcase(name, pattern)), None)
-        if old.numel() != new.numel() or (rule is not None and old != new):
+        changed = rule is not None and after[name] is not before[names[0]]
+        if old.numel() != new.numel() or changed:
             resized[name] = Resized(tuple(old), tuple(new), rule or _NONE_STATED)
     return resized
 
