@@ -557,6 +557,37 @@ def test_a_legacy_file_whose_storages_are_not_all_filled_is_refused(tmp_path):
         read(path)
 
 
+@pytest.mark.parametrize("write", [zipped, legacy], ids=["zip", "legacy"])
+def test_tuples_too_deep_to_be_hashed_are_refused(write, tmp_path):
+    path = tmp_path / "x.pth"
+    for depth, message in ((90, None), (10**6, "more than 200 deep")):
+        pickled = b"\x80\x02}(X\x05\0\0\0model}" + b")" + b"\x85" * depth + b"K\1u."
+        path.write_bytes(with_pickle(write({}), pickled))
+        if message is None:
+            assert read(path) == {"model": {}, nested(depth): 1}
+        else:
+            with pytest.raises(CheckpointError, match=message):
+                read(path)
+            with pytest.raises(CheckpointError, match=message):
+                checkpoints.outline(path)
+
+
+def nested(depth: int) -> tuple:
+    value: tuple = ()
+    for _ in range(depth):
+        value = (value,)
+    return value
+
+
+def with_pickle(data: bytes, pickled: bytes) -> bytes:
+    """The file with another pickle as its main one."""
+    if data.startswith(b"PK"):
+        return edited(data, lambda n, x: [(n, pickled if n.endswith("data.pkl") else x)])
+    head, empty, tail = data.rpartition(b"\x80\x02}q\0.")
+    assert empty
+    return head + pickled + tail
+
+
 class Hostile:
     """Unpickled without restriction, it writes a file."""
 

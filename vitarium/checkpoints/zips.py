@@ -6,7 +6,7 @@ import struct
 import zipfile
 import zlib
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 from vitarium.checkpoints.errors import CheckpointError
 
@@ -19,7 +19,15 @@ _MAX16, _MAX32 = 2**16 - 1, 2**32 - 1
 _CHUNK = 1 << 20
 
 
-def check_zip(path: Path, payload: bool = True) -> int:
+class Frame(NamedTuple):
+    """Where the pickle is in a zip checkpoint, and how much there is of tensors, in bytes."""
+
+    pickle_offset: int
+    pickle_size: int
+    payload_size: int
+
+
+def check_zip(path: Path, payload: bool = True) -> Frame:
     """Check that ``path`` is what ``torch.save`` writes, and whole.
 
     torch finds the records by another library than Python's ``zipfile``, and looks neither at
@@ -31,9 +39,6 @@ def check_zip(path: Path, payload: bool = True) -> int:
     Args:
         path: the file.
         payload: whether to check the checksums of the tensors too, which reads all of the file.
-
-    Returns:
-        The tensors' size in bytes.
 
     Raises:
         CheckpointError: the file is damaged or something else; the message lacks the path.
@@ -51,11 +56,11 @@ def check_zip(path: Path, payload: bool = True) -> int:
     if "data.pkl" not in leaves:
         raise CheckpointError("expected a PyTorch checkpoint, got another zip archive")
     root = records[0].orig_filename.partition("/")[0] + "/"
-    if root + "data.pkl" not in {record.orig_filename for record in records}:
+    if root + "data.pkl" not in {record.filename for record in records}:
         raise CheckpointError("damaged: its records stand in several folders")
     if len(names) != len(records) or any("\0" in name for name in names):
         raise CheckpointError("damaged: two of its records have one name")
-    size = 0
+    pickle_offset = pickle_size = payload_size = 0
     with path.open("rb") as file:
         position, end = 0, _directory(file, path.stat().st_size, len(records))
         for record in records:
@@ -69,10 +74,13 @@ def check_zip(path: Path, payload: bool = True) -> int:
                 raise CheckpointError(f"damaged: its record {record.filename} has two sizes")
             position = start + record.file_size
             tensor = record.filename.startswith(root + "data/")
-            size += record.file_size if tensor else 0
+            if tensor:
+                payload_size += record.file_size
+            elif record.filename == root + "data.pkl":
+                pickle_offset, pickle_size = start, record.file_size
             if record.CRC != 0 and (payload or not tensor):
                 _check_crc(file, record, start)
-    return size
+    return Frame(pickle_offset, pickle_size, payload_size)
 
 
 def _directory(file: BinaryIO, size: int, count: int) -> int:
