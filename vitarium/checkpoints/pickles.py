@@ -106,7 +106,7 @@ def _payload(path: Path, zipped: bool) -> int | None:
             for _ in range(5):
                 _skip_pickle(file)
             return path.stat().st_size - file.tell()
-    except (IndexError, KeyError, ValueError, MemoryError) as error:
+    except (IndexError, KeyError, OverflowError, ValueError, MemoryError) as error:
         if isinstance(error, CheckpointError):
             raise
         return None  # so torch.load will fail too, and says why
