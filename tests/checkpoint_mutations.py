@@ -24,6 +24,7 @@ what went wrong, and ends with 1 if anything did.
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import functools
 import gzip
 import hashlib
@@ -500,18 +501,18 @@ def function(path: str) -> bytes:
     return f"c{module}\n{name}\n".encode()
 
 
-def calls(trace: str = "trace") -> Iterator[bytes]:
+def calls() -> Iterator[bytes]:
     """Opcodes that leave one value, and a trace where the value comes about unrestricted."""
-    shell, code = text(f"touch {trace}"), text(f"open({trace!r}, 'w').close()")
-    inner = text(f"__import__('os').system('touch {trace}')")
-    bomb = pickle.dumps(Call(os.system, f"touch {trace}"), 2)
+    trace, shell, code = text("trace"), text("touch trace"), text("open('trace', 'w').close()")
+    inner = text("__import__('os').system('touch trace')")
+    bomb = pickle.dumps(Call(os.system, "touch trace"), 2)
     quoted = b"B" + struct.pack("<I", len(bomb)) + bomb
     for path, argument in [
         ("os.system", shell),
         ("posix.system", shell),
         ("nt.system", shell),
         ("subprocess.getoutput", shell),
-        ("subprocess.call", b"](" + text("touch") + text(trace) + b"e"),
+        ("subprocess.call", b"](" + text("touch") + trace + b"e"),
         ("builtins.eval", inner),
         ("builtins.exec", code),
         ("__builtin__.eval", inner),
@@ -521,18 +522,16 @@ def calls(trace: str = "trace") -> Iterator[bytes]:
         ("_pickle.loads", quoted),
         ("torch.storage._load_from_bytes", quoted),
         ("torch.utils.collect_env.run", shell),
-        ("torch.hub.load", text("x/y")),
         ("torch._dynamo.guards.eval", inner),
         ("numpy.testing._private.utils.runstring", code + b"}"),
-        ("runpy.run_path", text(trace)),
-        ("importlib.import_module", text("antigravity")),
-        ("logging.FileHandler", text(trace)),
-        ("pathlib.Path.touch", function("pathlib.Path") + text(trace) + b"\x85R"),
-        ("_io.open", text(trace) + text("w")),
+        ("runpy.run_path", trace),
+        ("logging.FileHandler", trace),
+        ("pathlib.Path.touch", function("pathlib.Path") + trace + b"\x85R"),
+        ("_io.open", trace + text("w")),
     ]:
         yield function(path) + b"(" + argument + b"tR"
-    yield f"(cos\nsystem\nS'touch {trace}'\no".encode()  # OBJ
-    yield f"(S'touch {trace}'\nios\nsystem\n".encode()  # INST
+    yield b"(cos\nsystem\nS'touch trace'\no"  # OBJ
+    yield b"(S'touch trace'\nios\nsystem\n"  # INST
     yield text("os") + text("system") + b"\x93" + shell + b"\x85R"  # STACK_GLOBAL
     yield function("os.system") + b")\x81" + shell + b"b"  # NEWOBJ
     yield function("subprocess.Popen") + b")}\x92"  # NEWOBJ_EX
@@ -554,10 +553,10 @@ def calls(trace: str = "trace") -> Iterator[bytes]:
     reduce = b"}" + text("__reduce__") + function("os.system") + b"s"
     yield function("collections.OrderedDict") + b")R" + reduce + b"b"
     yield function("torch.Tensor.__setstate__") + b")" + shell + b"\x86R"
-    yield b"(" + text("module") + function("os.system") + text(trace) + text("x") + b"tQ"
+    yield b"(" + text("module") + function("os.system") + trace + text("x") + b"tQ"
     yield b"(" + text("storage") + function("os.system") + text("0") + text("cpu") + b"K\x05tQ"
-    yield f"Ptouch {trace}\n".encode()  # PERSID
-    yield text(f"touch {trace}") + b"Q"
+    yield b"Ptouch trace\n"  # PERSID
+    yield shell + b"Q"
     yield b"K\x01Q"
     # No code, but meant to exhaust or to crash: deep, huge, or out of bounds
     yield b")" + b"\x85" * 10**6
@@ -578,28 +577,29 @@ class Call:
         return self.call[0], self.call[1:]
 
 
-def hostile_files() -> Iterator[Mutation]:
-    """Every hostile value, as the file, in a dictionary, beside the tensors, as a name, and
-    in each pickle of the old format."""
+PLACES: dict[str, Callable[[bytes, bytes], bytes]] = {
+    "alone": lambda value, old: b"\x80\x02" + value + b".",
+    "in a dictionary": lambda value, old: b"\x80\x02}" + text("model") + value + b"s.",
+    "as a name": lambda value, old: b"\x80\x02}" + value + b"K\x01s.",
+    "first": lambda value, old: b"\x80\x02" + value + b"0" + old[2:],
+    "last": lambda value, old: old[:-1] + text("x") + value + b"s.",
+}
+
+
+def hostile_files() -> Iterator[Callable[[], Mutation]]:
+    """Every hostile value in every place, and in each pickle of the old format."""
+
+    def made(base: Base, value: bytes, place: str, index: int) -> Mutation:
+        data = with_pickle(base.data, functools.partial(PLACES[place], value), index)
+        return Mutation("", base, data, refuse=True)
+
     bases = [base for base in BASES if base.kind in ("zip", "legacy")]
     for base, value in itertools.product(bases, calls()):
-        deep = len(value) > 10**5 or value.startswith((b"X\xff", b"\x8e"))
-        places = {
-            "alone": lambda old, value=value: b"\x80\x02" + value + b".",
-            "in a dictionary": lambda old, value=value: (
-                b"\x80\x02}" + text("model") + value + b"s."
-            ),
-            "as a name": lambda old, value=value: b"\x80\x02}" + value + b"K\x01s.",
-            "first": lambda old, value=value: b"\x80\x02" + value + b"0" + old[2:],
-            "last": lambda old, value=value: old[:-1] + text("x") + value + b"s.",
-        }
-        for place, change in places.items():
-            if deep and place == "last":
-                continue
-            yield Mutation("", base, with_pickle(base.data, change, 3), refuse=True)
+        for place in PLACES:
+            yield functools.partial(made, base, value, place, 3)
         if base.kind == "legacy" and not base.wrapped:
             for index in (0, 1, 2, 4):
-                yield Mutation("", base, with_pickle(base.data, places["alone"], index), True)
+                yield functools.partial(made, base, value, "alone", index)
 
 
 def with_pickle(data: bytes, change: Callable[[bytes], bytes], index: int) -> bytes:
@@ -612,7 +612,7 @@ def with_pickle(data: bytes, change: Callable[[bytes], bytes], index: int) -> by
     return b"".join([*pickles, tail])
 
 
-def other_files() -> Iterator[Mutation]:
+def other_files() -> Iterator[Callable[[], Mutation]]:
     tar = io.BytesIO()
     with tarfile.open(fileobj=tar, mode="w") as file:
         file.addfile(tarfile.TarInfo("../x"), io.BytesIO())
@@ -635,7 +635,7 @@ def other_files() -> Iterator[Mutation]:
             b"PK\3\4",
             base.data[::-1],
         ):
-            yield Mutation("", base, data, refuse=True)
+            yield functools.partial(Mutation, "", base, data, refuse=True)
 
 
 RANDOM = {
@@ -669,7 +669,7 @@ def mutations(count: int, seed: int) -> Iterator[Mutation]:
     while made < count:
         kind = next(kinds)
         if kind in finite:
-            mutation = finite[kind].pop() if finite[kind] else None
+            mutation = finite[kind].pop()() if finite[kind] else None
         else:
             bases = [base for base in BASES if base.kind.startswith(ONLY.get(kind, ""))]
             mutation = RANDOM[kind](rng, rng.choice(bases))
@@ -764,6 +764,7 @@ class Job:
 
     def serve(self, pipe) -> None:
         warnings.simplefilter("ignore")
+        faulthandler.disable()  # the parent tells what died
         os.environ.update(TORCH_HOME=str(self.folder / "home"), HF_HUB_OFFLINE="")
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115
         known = []
