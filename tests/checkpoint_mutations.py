@@ -565,6 +565,17 @@ def calls() -> Iterator[bytes]:
     yield function("torch.Tensor") + b"\x8a\x06" + (1 << 45).to_bytes(6, "little") + b"\x85R"
     yield b"X\xff\xff\xff\xff"
     yield b"\x8e" + b"\xff" * 7 + b"\x7f"
+    yield function("torch.Tensor") + b"K\x04K\x06\x86R"  # memory that nobody filled
+    layout = function("torch.serialization._get_layout") + text("torch.strided") + b"\x85R"
+    device = function("torch.device") + text("cpu") + b"\x85R"
+    shape = b"K\x04K\x06\x86" + b"K\x06K\x01\x86"
+    kind = function("torch.Tensor") + function("torch.float32")
+    yield wrapper + b"(" + kind + shape + b"K\x00" + layout + device + b"\x89tR"
+    yield (
+        function("torch._utils._rebuild_meta_tensor_no_storage")
+        + b"("
+        + (function("torch.float32") + shape + b"\x89tR")
+    )
     yield function("torch.FloatStorage") + b")R"
     yield function("torch._utils._rebuild_tensor") + b"NK\x00))tR"
 
@@ -583,6 +594,7 @@ PLACES: dict[str, Callable[[bytes, bytes], bytes]] = {
     "as a name": lambda value, old: b"\x80\x02}" + value + b"K\x01s.",
     "first": lambda value, old: b"\x80\x02" + value + b"0" + old[2:],
     "last": lambda value, old: old[:-1] + text("x") + value + b"s.",
+    "in place of a tensor": lambda value, old: old[:-1] + text("fc.weight") + value + b"s.",
 }
 
 

@@ -227,6 +227,7 @@ def test_unwrap_obeys_a_given_wrapper():
         ({"a": torch.zeros(1), "b": 3}, "int at 'b'"),
         ({0: torch.zeros(1)}, "at 0"),
         ({"a": torch.eye(2).to_sparse()}, "sparse"),
+        ({"a": torch.nested.nested_tensor([torch.ones(2)])}, "nested"),
         ({"a": torch.ones(1).expand(1 << 30, 1 << 30)}, "values of their own in a"),
         ({"a": torch.ones(9).as_strided((3, 3), (2, 1))}, "9 values of their own in a"),
     ],
@@ -599,6 +600,15 @@ def test_tuples_too_deep_to_be_hashed_are_refused(write, tmp_path):
                 read(path)
             with pytest.raises(CheckpointError, match=message):
                 checkpoints.outline(path)
+
+
+@pytest.mark.parametrize("write", [zipped, legacy], ids=["zip", "legacy"])
+def test_a_tensor_that_the_file_does_not_hold_is_refused(write, tmp_path):
+    pickled = b"\x80\x02}(X\1\0\0\0actorch\nTensor\nK\2K\3\x86Ru."
+    (tmp_path / "x.pth").write_bytes(with_pickle(write({}), pickled))
+    assert torch.load(tmp_path / "x.pth", weights_only=True)["a"].shape == (2, 3)
+    with pytest.raises(CheckpointError, match=r"shape \[2, 3\] that it does not hold"):
+        read(tmp_path / "x.pth")
 
 
 def nested(depth: int) -> tuple:

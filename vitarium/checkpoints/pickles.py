@@ -6,12 +6,15 @@ import argparse
 import pickletools
 import re
 import threading
+from bisect import bisect_right
+from collections.abc import Iterator
 from io import BytesIO
+from operator import itemgetter
 from pathlib import Path
 from typing import IO, Any
 
 import torch
-from torch import UntypedStorage
+from torch import Tensor, UntypedStorage
 from torch.torch_version import TorchVersion
 
 from vitarium.checkpoints.errors import CheckpointError
@@ -29,28 +32,50 @@ def unpickle(path: Path, zipped: bool, mmap: bool) -> dict[str, Any]:
 
     Raises:
         CheckpointError: the pickle asks for more than tensors and plain data, is damaged, or
-            its tensors do not take exactly the bytes that the file has for them; the message
-            lacks the path.
+            its tensors are not exactly what the file has bytes for; the message lacks the path.
     """
     # A tensor may be any part of its storage, but all the bytes of a file that torch.save wrote
-    # belong to storages, each to one. torch itself leaves what it is not told to fill.
-    sizes = []
+    # belong to storages, each to one, and all tensors to these. torch itself leaves memory that
+    # it is not told to fill as it finds it.
+    storages: list[UntypedStorage] = []
 
     def keep(storage: UntypedStorage, location: str) -> UntypedStorage:
-        sizes.append(storage.nbytes())
+        storages.append(storage)
         return storage
 
     # torch.load would take a name with this ending for the other format.
     mmap = mmap and zipped and path.suffix != ".safetensors"
     expected = _payload(path, zipped)
     loaded = _load(path, map_location=keep, mmap=mmap)
-    actual = sum(sizes) if zipped else sum(sizes) + 8 * len(sizes)
+    actual = sum(storage.nbytes() + (0 if zipped else 8) for storage in storages)
     if actual != expected:
         raise CheckpointError(
             f"damaged: its tensors take {actual} bytes, and the file has "
             f"{'an unknown number' if expected is None else expected} for them"
         )
+    spans = sorted((s.data_ptr(), s.data_ptr() + s.nbytes()) for s in storages)
+    for tensor in _tensors(loaded):
+        if tensor.layout is torch.strided and tensor.numel() > 0:
+            start = tensor.untyped_storage().data_ptr()
+            index = bisect_right(spans, start, key=itemgetter(0)) - 1
+            if index < 0 or start >= spans[index][1]:
+                raise CheckpointError(
+                    f"refused: it asks for a tensor of shape {list(tensor.shape)} that it "
+                    f"does not hold"
+                )
     return loaded
+
+
+def _tensors(obj: Any) -> Iterator[Tensor]:
+    """All the tensors in dictionaries and sequences, which may contain themselves."""
+    left, seen = [obj], set()
+    while left:
+        value = left.pop()
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, (dict, list, tuple, set)) and id(value) not in seen:
+            seen.add(id(value))
+            left.extend(value.values() if isinstance(value, dict) else value)
 
 
 def unpickle_outline(path: Path, zipped: bool) -> dict[str, Any]:

@@ -90,8 +90,10 @@ def _tensors(obj: Any) -> dict[str, Tensor]:
                 f"expected tensors by name, got {type(value).__name__} at {name!r} among "
                 f"{len(obj)} entries"
             )
-        if value.layout is not torch.strided or value.is_quantized:
-            raise CheckpointError(f"expected dense tensors, got a sparse or quantized {name}")
+        if value.layout is not torch.strided or value.is_quantized or value.is_nested:
+            raise CheckpointError(
+                f"expected dense tensors, got a sparse, quantized or nested {name}"
+            )
         if _overlaps(value):
             raise CheckpointError(f"expected {value.numel()} values of their own in {name}")
     return dict(obj)
