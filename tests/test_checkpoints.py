@@ -227,11 +227,23 @@ def test_unwrap_obeys_a_given_wrapper():
         ({"a": torch.zeros(1), "b": 3}, "int at 'b'"),
         ({0: torch.zeros(1)}, "at 0"),
         ({"a": torch.eye(2).to_sparse()}, "sparse"),
+        ({"a": torch.nested.nested_tensor([torch.ones(2)])}, "nested"),
+        ({"a": torch.ones(1).expand(1 << 30, 1 << 30)}, "values of their own in a"),
+        ({"a": torch.ones(9).as_strided((3, 3), (2, 1))}, "9 values of their own in a"),
     ],
 )
 def test_unwrap_refuses_what_is_no_state_dict(obj, message):
     with pytest.raises(CheckpointError, match=message):
         unwrap(obj)
+
+
+def test_unwrap_takes_views_that_share_nothing_within():
+    x = torch.arange(24.0).view(2, 3, 4)
+    state = {"t": x.permute(2, 0, 1), "s": x[:, 1:, ::2], "1": x[:1].expand(1, -1, -1), "0": x[:0]}
+    assert same(
+        unwrap({**state, "e": torch.ones(1).expand(0, 5), "x": x[0, 0, 0]}),
+        {**state, "e": torch.ones(0, 5), "x": torch.zeros(())},
+    )
 
 
 def zipped(obj) -> bytes:
@@ -488,6 +500,15 @@ def test_zips_without_checksums_are_read(tmp_path):
     assert same(read(path), {name: torch.zeros_like(STATE[name]) for name in STATE})
 
 
+def test_a_zip_without_checksums_has_its_tensors_in_one_place(tmp_path):
+    data = bytearray(unverified(STATE))
+    data[data.index(b"archive/data/0") - 2] -= 4  # the padding in front of the tensor
+    (tmp_path / "x.pth").write_bytes(data)
+    assert torch.load(tmp_path / "x.pth", weights_only=True)["a.weight"].tolist() != [0, 1, 2]
+    with pytest.raises(CheckpointError, match="data/0 has two sizes"):
+        read(tmp_path / "x.pth")
+
+
 def edited(data: bytes, edit) -> bytes:
     """The archive with other records: a function of (name, bytes) -> list of such pairs."""
     buffer = io.BytesIO()
@@ -504,6 +525,12 @@ def renamed_header(data: bytes) -> bytes:
     return data[:at] + b"archive/data/0" + data[at + 14 :]
 
 
+def changed_entry(data: bytes, offset: int, value: bytes) -> bytes:
+    """The directory says something else of the first tensor."""
+    at = data.rindex(b"archive/data/0") - 46 + offset
+    return data[:at] + value + data[at + len(value) :]
+
+
 @pytest.mark.filterwarnings("ignore:Duplicate name")
 @pytest.mark.parametrize(
     ("damage", "message"),
@@ -513,6 +540,9 @@ def renamed_header(data: bytes) -> bytes:
         (lambda data: data[:4] + data, "end record is not where"),
         (renamed_header, "another's"),
         (lambda data: data[:-14] + b"\x07" + data[-13:], "directory"),
+        (lambda data: changed_entry(data, 38, b"\x10"), "is a folder"),
+        (lambda data: changed_entry(data, 16, b"\0\0\0\0"), "two sizes"),
+        (lambda data: changed_entry(data, 20, b"\x08"), "two sizes"),
         (lambda data: edited(data, lambda n, x: [(n, x)] * (1 + n.endswith("0"))), "one name"),
         (lambda data: edited(data, lambda n, x: [(n, x), (n.upper(), x)]), "one name"),
         (
@@ -555,6 +585,46 @@ def test_a_legacy_file_whose_storages_are_not_all_filled_is_refused(tmp_path):
     torch.load(path, weights_only=True)  # memory that nobody filled
     with pytest.raises(CheckpointError, match="take 36 bytes"):
         read(path)
+
+
+@pytest.mark.parametrize("write", [zipped, legacy], ids=["zip", "legacy"])
+def test_tuples_too_deep_to_be_hashed_are_refused(write, tmp_path):
+    path = tmp_path / "x.pth"
+    for depth, message in ((90, None), (10**6, "more than 200 deep")):
+        pickled = b"\x80\x02}(X\x05\0\0\0model}" + b")" + b"\x85" * depth + b"K\1u."
+        path.write_bytes(with_pickle(write({}), pickled))
+        if message is None:
+            assert read(path) == {"model": {}, nested(depth): 1}
+        else:
+            with pytest.raises(CheckpointError, match=message):
+                read(path)
+            with pytest.raises(CheckpointError, match=message):
+                checkpoints.outline(path)
+
+
+@pytest.mark.parametrize("write", [zipped, legacy], ids=["zip", "legacy"])
+def test_a_tensor_that_the_file_does_not_hold_is_refused(write, tmp_path):
+    pickled = b"\x80\x02}(X\1\0\0\0actorch\nTensor\nK\2K\3\x86Ru."
+    (tmp_path / "x.pth").write_bytes(with_pickle(write({}), pickled))
+    assert torch.load(tmp_path / "x.pth", weights_only=True)["a"].shape == (2, 3)
+    with pytest.raises(CheckpointError, match=r"shape \[2, 3\] that it does not hold"):
+        read(tmp_path / "x.pth")
+
+
+def nested(depth: int) -> tuple:
+    value: tuple = ()
+    for _ in range(depth):
+        value = (value,)
+    return value
+
+
+def with_pickle(data: bytes, pickled: bytes) -> bytes:
+    """The file with another pickle as its main one."""
+    if data.startswith(b"PK"):
+        return edited(data, lambda n, x: [(n, pickled if n.endswith("data.pkl") else x)])
+    head, empty, tail = data.rpartition(b"\x80\x02}q\0.")
+    assert empty
+    return head + pickled + tail
 
 
 class Hostile:

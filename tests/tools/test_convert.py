@@ -96,6 +96,8 @@ def test_transformers_layout_goes_both_ways(name, program, tmp_path):
     start, theirs, back = (tmp_path / f for f in ("a.pth", "b.safetensors", "c.safetensors"))
     torch.save({"state_dict": {f"module.{key}": x for key, x in ours.items()}}, start)
     assert program("convert", name, start, theirs, "--to", "transformers").status == 0
+    card = json.loads(theirs.with_suffix(".json").read_text())
+    assert card["source"]["wrapper"] == ["state_dict", "module."]
     family = name.partition("_")[0]
     assert f"{family}.encoder.levels.0.layers.0.attention.self.query.weight" in load_file(theirs)
     result = program("convert", name, theirs, back, "--json")

@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import os
-import pickletools
-import re
-import threading
-from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,10 +13,10 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor, UntypedStorage
-from torch.torch_version import TorchVersion
+from torch import Tensor
 
 from vitarium.checkpoints.errors import CheckpointError
+from vitarium.checkpoints.pickles import unpickle, unpickle_outline
 from vitarium.checkpoints.zips import check_zip
 
 _MAX_HEADER = 100_000_000  # bytes; the format's own limit
@@ -32,7 +27,6 @@ _DTYPES = {
     "U32": torch.uint32, "I32": torch.int32, "F32": torch.float32,
     "U64": torch.uint64, "I64": torch.int64, "F64": torch.float64, "C64": torch.complex64,
 }  # fmt: skip
-_FIRST_SAFE_TORCH = "2.10"
 KINDS = ("safetensors", "zip", "pickle")
 _MAGIC = (
     (b"PK\x03\x04", "zip"),
@@ -44,8 +38,6 @@ _MAGIC = (
     (b"\x89HDF", "an HDF5 file"),
     (b"version https://git-lfs", "a Git LFS pointer, not the file it points to"),
 )
-
-_lock = threading.Lock()
 
 
 def read(path: str | os.PathLike[str], mmap: bool = False) -> dict[str, Any]:
@@ -73,7 +65,7 @@ def read(path: str | os.PathLike[str], mmap: bool = False) -> dict[str, Any]:
     path = Path(path)
     with _named(path):
         kind = check_structure(path)
-        return load_file(path) if kind == "safetensors" else _unpickle(path, kind, mmap)
+        return load_file(path) if kind == "safetensors" else unpickle(path, kind == "zip", mmap)
 
 
 def outline(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -87,7 +79,7 @@ def outline(path: str | os.PathLike[str]) -> dict[str, Any]:
     path = Path(path)
     with _named(path):
         kind = check_structure(path, payload=False)
-        return _header(path) if kind == "safetensors" else _unpickled_outline(path)
+        return _header(path) if kind == "safetensors" else unpickle_outline(path, kind == "zip")
 
 
 @contextmanager
@@ -220,69 +212,3 @@ def _entry(name: str, entry: Any) -> tuple[torch.dtype, list[int], list[int]]:
 
 def _sizes(values: Any) -> bool:
     return isinstance(values, list) and all(type(value) is int and value >= 0 for value in values)
-
-
-def _unpickled_outline(path: Path) -> dict[str, Any]:
-    with torch.serialization.skip_data():
-        return _restricted(path, map_location="meta")
-
-
-def _unpickle(path: Path, kind: str, mmap: bool) -> dict[str, Any]:
-    # A tensor may lie in any part of its storage, but all the bytes of a file that torch.save
-    # wrote belong to storages, each to one. torch itself leaves what it is not told to fill.
-    sizes = []
-
-    def keep(storage: UntypedStorage, location: str) -> UntypedStorage:
-        sizes.append(storage.nbytes())
-        return storage
-
-    # torch.load would take a name with this ending for the other format.
-    mmap = mmap and kind == "zip" and path.suffix != ".safetensors"
-    loaded = _restricted(path, map_location=keep, mmap=mmap)
-    if kind == "zip":
-        expected, actual = check_zip(path, payload=False), sum(sizes)
-    else:
-        expected, actual = _legacy_payload(path), sum(sizes) + 8 * len(sizes)
-    if actual != expected:
-        raise CheckpointError(
-            f"damaged: its tensors take {actual} bytes, and the file has {expected} for them"
-        )
-    return loaded
-
-
-def _legacy_payload(path: Path) -> int:
-    """Bytes behind the five pickles with which a file of torch's format before 1.6 begins."""
-    with path.open("rb") as file:
-        for _ in range(5):
-            deque(pickletools.genops(file), maxlen=0)
-        return path.stat().st_size - file.tell()
-
-
-def _restricted(path: Path, **options: Any) -> dict[str, Any]:
-    """``torch.load`` of nothing but tensors and plain data."""
-    if TorchVersion(torch.__version__) < _FIRST_SAFE_TORCH:
-        raise CheckpointError(
-            f"a pickle is read safely from torch {_FIRST_SAFE_TORCH} on, and this is torch "
-            f"{torch.__version__}: upgrade torch, or convert the file to safetensors elsewhere"
-        )
-    try:
-        # Training scripts save their arguments beside the weights: a bag of plain values.
-        # The list of what may be unpickled is torch's, and one for all threads. An open file,
-        # because torch.load would go by the ending of a name.
-        with _lock, torch.serialization.safe_globals([argparse.Namespace]), path.open("rb") as file:
-            source = path if options.get("mmap") else file
-            loaded = torch.load(source, weights_only=True, **{"mmap": False, **options})
-    except Exception as error:  # a damaged pickle can raise anything, and nothing of it is ours
-        refused = re.findall(r"GLOBAL ([\w.]+) ", str(error))
-        if refused:
-            raise CheckpointError(
-                f"refused: it asks to run {', '.join(refused)}, and only tensors and plain data "
-                f"are read; ask its authors for safetensors, or convert it where running "
-                f"unknown code does no harm"
-            ) from error
-        raise CheckpointError(
-            f"truncated, damaged or not a PyTorch checkpoint ({type(error).__name__})"
-        ) from error
-    if not isinstance(loaded, dict):
-        raise CheckpointError(f"expected a dictionary, got {type(loaded).__name__}")
-    return loaded

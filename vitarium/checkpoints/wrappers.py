@@ -100,9 +100,24 @@ def _tensors(obj: Any) -> dict[str, Tensor]:
                 f"expected tensors by name, got {type(value).__name__} at {name!r} among "
                 f"{len(obj)} entries"
             )
-        if value.layout is not torch.strided or value.is_quantized:
-            raise CheckpointError(f"expected dense tensors, got a sparse or quantized {name}")
+        if value.layout is not torch.strided or value.is_quantized or value.is_nested:
+            raise CheckpointError(
+                f"expected dense tensors, got a sparse, quantized or nested {name}"
+            )
+        if _overlaps(value):
+            raise CheckpointError(f"expected {value.numel()} values of their own in {name}")
     return dict(obj)
+
+
+def _overlaps(tensor: Tensor) -> bool:
+    """Whether elements share memory, as in an expanded tensor; damaged strides look like that."""
+    reach = 0
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1:
+            if stride <= reach:
+                return tensor.numel() > 0
+            reach += stride * (size - 1)
+    return False
 
 
 def _without_prefixes(state_dict: dict[str, Tensor], layers: list[str]) -> dict[str, Tensor]:

@@ -6,7 +6,7 @@ import struct
 import zipfile
 import zlib
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 from vitarium.checkpoints.errors import CheckpointError
 
@@ -14,26 +14,34 @@ _LOCAL = struct.Struct("<4s5H3L2H")
 _END = struct.Struct("<4s4H2LH")
 _END64 = struct.Struct("<4sQ2H2L4Q")
 _LOCATOR64 = struct.Struct("<4sLQL")
-_FLAGS = 0x808  # sizes behind the data, names in UTF-8
+_DESCRIPTOR, _DESCRIPTOR64 = struct.Struct("<4s3L"), struct.Struct("<4sL2Q")
+_BEHIND = 8  # flag: checksum and sizes stand behind the data
+_FLAGS = _BEHIND | 0x800  # and names in UTF-8
+_FOLDER = 0x10  # DOS attribute
 _MAX16, _MAX32 = 2**16 - 1, 2**32 - 1
 _CHUNK = 1 << 20
 
 
-def check_zip(path: Path, payload: bool = True) -> int:
+class Frame(NamedTuple):
+    """Where the pickle is in a zip checkpoint, and how much there is of tensors, in bytes."""
+
+    pickle_offset: int
+    pickle_size: int
+    payload_size: int
+
+
+def check_zip(path: Path, payload: bool = True) -> Frame:
     """Check that ``path`` is what ``torch.save`` writes, and whole.
 
-    torch finds the records by another library than Python's ``zipfile``, and looks neither at
-    checksums nor at a record's own header. What the two could read differently is refused:
-    anything behind or before the archive, names that differ in case only or are not those of the
-    records' headers, records that overlap. A record whose checksum is 0 has none: so
+    torch finds the records by another library than Python's ``zipfile`` and ignores checksums.
+    What the two could read differently is refused: anything behind or before the archive, names
+    that differ in case only, records that overlap, are folders, or are described otherwise by the
+    directory than beside the data. A record whose checksum is 0 has none: so
     ``torch.serialization.set_crc32_options(False)`` and ``skip_data()`` leave it.
 
     Args:
         path: the file.
         payload: whether to check the checksums of the tensors too, which reads all of the file.
-
-    Returns:
-        The tensors' size in bytes.
 
     Raises:
         CheckpointError: the file is damaged or something else; the message lacks the path.
@@ -51,11 +59,11 @@ def check_zip(path: Path, payload: bool = True) -> int:
     if "data.pkl" not in leaves:
         raise CheckpointError("expected a PyTorch checkpoint, got another zip archive")
     root = records[0].orig_filename.partition("/")[0] + "/"
-    if root + "data.pkl" not in {record.orig_filename for record in records}:
+    if root + "data.pkl" not in {record.filename for record in records}:
         raise CheckpointError("damaged: its records stand in several folders")
     if len(names) != len(records) or any("\0" in name for name in names):
         raise CheckpointError("damaged: two of its records have one name")
-    size = 0
+    pickle_offset = pickle_size = payload_size = 0
     with path.open("rb") as file:
         position, end = 0, _directory(file, path.stat().st_size, len(records))
         for record in records:
@@ -63,16 +71,22 @@ def check_zip(path: Path, payload: bool = True) -> int:
             # torch.save never compresses: what is in the file is all that is read from it.
             if record.compress_type != zipfile.ZIP_STORED or record.flag_bits & ~_FLAGS:
                 raise CheckpointError(f"damaged: its record {record.filename} is packed")
+            # torch would take a folder's size and leave the memory as it finds it.
+            if record.filename.endswith("/") or record.external_attr & _FOLDER:
+                raise CheckpointError(f"damaged: its record {record.filename} is a folder")
             if record.header_offset < position or start + record.file_size > end:
                 raise CheckpointError("damaged: its records claim more bytes than the file has")
-            if record.compress_size != record.file_size:
+            if not _sizes_agree(file, record, start):
                 raise CheckpointError(f"damaged: its record {record.filename} has two sizes")
             position = start + record.file_size
             tensor = record.filename.startswith(root + "data/")
-            size += record.file_size if tensor else 0
+            if tensor:
+                payload_size += record.file_size
+            elif record.filename == root + "data.pkl":
+                pickle_offset, pickle_size = start, record.file_size
             if record.CRC != 0 and (payload or not tensor):
                 _check_crc(file, record, start)
-    return size
+    return Frame(pickle_offset, pickle_size, payload_size)
 
 
 def _directory(file: BinaryIO, size: int, count: int) -> int:
@@ -105,6 +119,27 @@ def _data_offset(file: BinaryIO, record: zipfile.ZipInfo) -> int:
         if signature == b"PK\3\4" and file.read(name) == record.orig_filename.encode(encoding):
             return int(record.header_offset + _LOCAL.size + name + extra)
     raise CheckpointError(f"damaged: the header of its record {record.filename} is another's")
+
+
+def _sizes_agree(file: BinaryIO, record: zipfile.ZipInfo, start: int) -> bool:
+    """Whether a record's checksum and sizes are the same in the directory and beside its data."""
+    expected = (record.CRC, record.file_size, record.file_size)
+    if record.file_size != record.compress_size:
+        return False
+    if record.file_size == 0:
+        return True
+    if record.flag_bits & _BEHIND:
+        file.seek(start + record.file_size)
+        tail = file.read(_DESCRIPTOR64.size)
+        return (b"PK\7\10", *expected) in (
+            _DESCRIPTOR.unpack_from(tail),
+            _DESCRIPTOR64.unpack(tail),
+        )
+    file.seek(record.header_offset)
+    return _LOCAL.unpack(file.read(_LOCAL.size))[6:9] in (
+        expected,
+        (record.CRC, _MAX32, _MAX32),  # both stand among the extra fields
+    )
 
 
 def _check_crc(file: BinaryIO, record: zipfile.ZipInfo, start: int) -> None:
