@@ -262,14 +262,14 @@ def dinat_large_11x11(pretrained: bool = False, **kwargs: Any) -> DiNAT:
 _COCO = ((28,), (7, 14), (3, 5, 7), (3,))
 _ADE20K = ((16,), (4, 8), (2, 3, 4), (2,))
 _ADE20K_640 = ((20,), (5, 10), (2, 3, 4, 5, 2, 3, 4, 5, 5), (2,))  # large was trained at 640
+_11X11 = ((14,), (4, 7), (2, 3, 2, 3, 2, 3, 2, 3, 3), (1,))  # Mask2Former's, on all data
 
 
 def dense_kwargs(entry: str, task: str, kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """The model's arguments in detection (``det``: COCO) and segmentation (``seg``: ADE20K).
 
-    Only the dilations differ from classification. Mask2Former's backbone is to be asked for:
-    ``dinat_large_11x11`` whose odd blocks have ``dilations`` 14; 4, 7; 2, 3, 2, 3, 2, 3, 2, 3, 3;
-    1, given as one list per level with one int per block.
+    Only the dilations differ from classification. ``dinat_large_11x11`` is Mask2Former's backbone
+    in both.
 
     Args:
         entry: the model's entry.
@@ -277,7 +277,8 @@ def dense_kwargs(entry: str, task: str, kwargs: Mapping[str, Any]) -> dict[str, 
         kwargs: what the caller asks for, which counts more.
     """
     depths = kwargs.get("depths", _VARIANTS[entry]["depths"])
-    cycles = _COCO if task == "det" else _ADE20K_640 if "large" in entry else _ADE20K
+    segmenter = _ADE20K_640 if "large" in entry else _ADE20K
+    cycles = _11X11 if "11x11" in entry else _COCO if task == "det" else segmenter
     return {"dilations": cycled(cycles, depths), **kwargs}
 
 
