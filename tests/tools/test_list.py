@@ -14,6 +14,9 @@ def _names(result):
 
 def test_table_fits_80_columns_without_colours(program, monkeypatch):
     monkeypatch.delenv("COLUMNS", raising=False)
+    status, out, err = program("list", "--task", "all")
+    assert (status, err) == (0, "")
+    assert max(map(len, out.splitlines())) <= 80
     status, out, err = program("list")
     assert (status, err) == (0, "")
     lines = out.splitlines()
