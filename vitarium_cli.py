@@ -151,13 +151,19 @@ def _list_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "patterns", nargs="*", metavar="GLOB", help="names, e.g. 'nat_*' (default: all)"
     )
+    parser.add_argument(
+        "--task",
+        choices=("cls", "det", "seg", "all"),
+        default="cls",
+        help="classifiers (default), detectors, segmenters or all",
+    )
     parser.add_argument("--params-min", type=float, metavar="M", help="at least M million")
     parser.add_argument("--params-max", type=float, metavar="M", help="at most M million")
     parser.add_argument(
         "--licence",
         default="any",
         metavar="L",
-        help="of code and weights: permissive, any (default) or a name, e.g. MIT",
+        help="of code and weights: permissive (both), any (default) or a name, e.g. MIT",
     )
     parser.add_argument(
         "--weights", action="store_true", help="only those whose weights a program can fetch"

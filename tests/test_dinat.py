@@ -16,6 +16,12 @@ ADE_LARGE = [
     [1, 2, 1, 3, 1, 4, 1, 5, 1, 2, 1, 3, 1, 4, 1, 5, 1, 5],
     [1, 2, 1, 2, 1],
 ]
+MASK2FORMER = [
+    [1, 14, 1],
+    [1, 4, 1, 7],
+    [1, 2, 1, 3, 1, 2, 1, 3, 1, 2, 1, 3, 1, 2, 1, 3, 1, 3],
+    [1, 1, 1, 1, 1],
+]
 
 
 def dilations(model):
@@ -48,6 +54,8 @@ def test_classification(name, expected):
         ("dinat_s_tiny", "det", COCO_S_TINY),
         ("dinat_tiny", "seg", ADE_TINY),
         ("dinat_large.shi_in22k", "seg", ADE_LARGE),
+        ("dinat_large_11x11", "seg", MASK2FORMER),
+        ("dinat_large_11x11", "det", MASK2FORMER),
     ],
 )
 def test_dense_form(name, task, expected):

@@ -318,7 +318,8 @@ def test_entries_are_timms_models(name):
         k: v.shape for k, v in theirs.state_dict().items()
     }
     mine = timm.models.get_arch_pretrained_cfgs(f"fused_{name}")
-    assert [*mine] == [f"fused_{tag}" for tag in timm.models.get_arch_pretrained_cfgs(name)]
+    tags = [f"fused_{tag}" for tag in timm.models.get_arch_pretrained_cfgs(name)]
+    assert [tag for tag in mine if ".microsoft_" not in tag and ".dingmyu_" not in tag] == tags
     for tag, cfg in timm.models.get_arch_pretrained_cfgs(name).items():
         for field in ("hf_hub_id", "input_size", "mean", "std", "crop_pct", "num_classes"):
             assert getattr(mine[f"fused_{tag}"], field) == getattr(cfg, field)
@@ -353,10 +354,6 @@ def test_tables_for_other_windows_are_resized_as_timm_does():
     theirs.set_input_size((96, 96), window_size=6)
     for key, tensor in theirs.state_dict().items():
         assert torch.equal(ours.state_dict()[key], tensor), key
-
-
-def test_published_names_exist():
-    assert {*fused._PUBLISHED} <= {*timm.list_models("fused_*", include_tags=True)}
 
 
 @pytest.mark.parametrize("semantics", ["timm", "authors"])

@@ -17,7 +17,14 @@ def test_tells_all_facts(program):
     assert facts["channels"] == "64, 128, 256, 512 at strides 4, 8, 16, 32"
     assert facts["ops"] == "neighborhood"
     assert facts["weights"].startswith("download: https://shi-labs.com/")
+    assert facts["wrapper"] == "plain"
+    assert facts["size"] == facts["sha256"] == "not published"
     assert facts["licence"] == "of the weights: none stated"
+    assert facts["other tags"] == "nat_tiny.shi_in1k_hf"
+    assert facts["detectors"].split(", ") == [
+        f"nat_tiny.shi_{kind}_3x_coco" for kind in ("cascade_mask_rcnn", "mask_rcnn")
+    ]
+    assert facts["segmenters"] == "nat_tiny.shi_upernet_160k_ade20k"
     assert "arXiv:2204.07143" in facts["family"]
     assert facts["mean, std"] == "0.485, 0.456, 0.406; 0.229, 0.224, 0.225"
 
@@ -27,10 +34,44 @@ def test_a_fact_that_nobody_states_is_called_that(program):
     assert [line.split()[1:] for line in lines if line.startswith("top-1")] == [["not", "stated"]]
 
 
-def test_json_is_the_row_of_the_catalogue(program):
+def _facts(program, name):
+    status, out, err = program("info", name)
+    assert (status, err) == (0, "")
+    return {line.split("  ")[0]: line.split("  ", 1)[1].strip() for line in out.splitlines()}
+
+
+def test_a_detector(program):
+    facts = _facts(program, "nat_mini.shi_mask_rcnn_3x_coco")
+    assert facts["params"].endswith(", of the backbone")
+    assert facts["setting"] == "Mask R-CNN, 3x, COCO"
+    assert facts["result"].startswith("box AP 46.5 %, mask AP 41.7 % (README of ")
+    assert facts["weights"].endswith("/DET/nat_mini_maskrcnn.pth")
+    assert facts["wrapper"] == "state_dict"
+    assert facts["detectors"] == "nat_mini.shi_cascade_mask_rcnn_3x_coco"
+    assert "input" not in facts
+
+
+def test_weights_that_no_program_can_fetch(program):
+    facts = _facts(program, "biformer_tiny")
+    assert facts["weights"].startswith("manual: Save https://1drv.ms/")
+    assert "sha256" in facts
+    facts = _facts(program, "biformer_base.rayleizhu_upernet_160k_ade20k")
+    assert facts["weights"] == "not released: the authors publish training logs only"
+    assert {"sha256", "size", "licence"}.isdisjoint(facts)
+    assert _facts(program, "nat_isotropic_small").keys().isdisjoint({"mirrors", "detectors"})
+    assert _facts(program, "dinat_s_tiny")["mirrors"].endswith("dinat_s_tiny_1k_224.pth")
+    assert _facts(program, "dinat_atto")["weights"] == "none"
+
+
+def test_json_is_the_row_of_the_catalogue_and_what_stands_beside_it(program):
     model = next(m for m in catalogue() if m["entry"] == "nat_base")
+    beside = {
+        "other_tags": ["nat_base.shi_in1k_hf"],
+        "detectors": ["nat_base.shi_cascade_mask_rcnn_3x_coco"],
+        "segmenters": ["nat_base.shi_upernet_160k_ade20k"],
+    }
     for name in ("nat_base", "nat_base.shi_in1k"):
-        assert json.loads(program("info", name, "--json").out) == model
+        assert json.loads(program("info", name, "--json").out) == model | beside
 
 
 def test_unknown_models_and_tags(program):

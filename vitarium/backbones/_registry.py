@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar
@@ -35,14 +35,19 @@ class Published:
     """What the authors report for one weight file.
 
     Attributes:
-        top1: top-1 accuracy in percent on the data set of the tag.
+        source: where the figures stand.
+        top1: a classifier's top-1 accuracy in percent on the data set of the tag.
         gflops: multiply-accumulate operations of one image at the tag's input size, in 1e9.
-        source: where both figures stand.
+        setting: how it was trained and tested, where the tag does not say it all: a detector's or
+            a segmenter's head, schedule and data.
+        metrics: what a detector or a segmenter reaches, in percent, by the metric's name.
     """
 
-    top1: float
-    gflops: float
     source: str
+    top1: float | None = None
+    gflops: float | None = None
+    setting: str | None = None
+    metrics: Mapping[str, float] = field(default_factory=dict)
 
 
 def entries() -> dict[str, ModuleType]:

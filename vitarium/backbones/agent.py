@@ -51,6 +51,7 @@ from vitarium.backbones._hosts.deit import DeiT
 from vitarium.backbones._hosts.pvt import PVT, DensePVT
 from vitarium.backbones._hosts.swin import Swin
 from vitarium.backbones._registry import Published, build, register, source_cfg
+from vitarium.backbones._released import Tables, dense
 from vitarium.checkpoints import Renames, Weight
 from vitarium.ops import _select, agent_attention
 
@@ -607,14 +608,73 @@ _FILES = {  # pixels a side, top-1, GFLOPs, and what the authors' cloud calls th
     "agent_cswin_base.leaplab_in1k": (224, 84.7, 14.9, "c8035b0839b2410c8c9f"),
     "agent_cswin_base_384.leaplab_in1k": (384, 85.8, 46.3, "1239be0df44b47719432"),
 }
+_DENSE: Tables = {  # box AP and mask AP, or mIoU and mAcc; the file
+    "mask_rcnn_1x_coco": {
+        "agent_swin_tiny": (44.6, 40.7, "258e208469084e6abf26"),
+        "agent_swin_small": (47.2, 42.7, "52714305c21a4104bbc5"),
+        "agent_pvt_tiny": (41.4, 38.7, "79cbc3a7b7a24a0b92c1"),
+        "agent_pvt_small": (44.5, 41.2, "8e333aa6b55e45d4b76c"),
+        "agent_pvt_medium": (45.9, 42.0, "6401bf2b227046a58fc3"),
+        "agent_pvt_large": (46.9, 42.8, "8fa3d506f1e24099b99f"),
+    },
+    "mask_rcnn_3x_coco": {
+        "agent_swin_tiny": (47.3, 42.7, "e0ab821875704960a505"),
+        "agent_swin_small": (48.9, 43.8, "b78f6ff837b84b61b122"),
+    },
+    "cascade_mask_rcnn_1x_coco": {
+        "agent_swin_tiny": (49.2, 42.7, "39d78fddf90241e58db0"),
+    },
+    "cascade_mask_rcnn_3x_coco": {
+        "agent_swin_tiny": (51.4, 44.5, "ed2af911d0e64d359aa3"),
+        "agent_swin_small": (52.6, 45.5, "3d092a23b935458b98ed"),
+        "agent_swin_base": (52.6, 45.3, "b3a628e668eb460ca532"),
+    },
+    "retinanet_1x_coco": {
+        "agent_pvt_tiny": (40.3, "d3c1dbe0243d4775aafd"),
+        "agent_pvt_small": (44.1, "d427a52511f64ab5a928"),
+        "agent_pvt_medium": (45.8, "81d6c824d9f244a192a3"),
+        "agent_pvt_large": (46.8, "2dc5b1f685fd4ecf8db5"),
+    },
+    "upernet_160k_ade20k": {
+        "agent_swin_tiny": (46.68, 58.53, "280481ee38024bce8364"),
+        "agent_swin_small": (48.08, 59.78, None),
+        "agent_swin_base": (48.73, 60.01, None),
+    },
+    "semantic_fpn_40k_ade20k": {
+        "agent_pvt_tiny": (40.18, 51.76, "5e7bf988b4b74efe8654"),
+        "agent_pvt_small": (44.18, 56.17, "11332fa565e443678e4c"),
+        "agent_pvt_medium": (44.30, 56.42, None),
+        "agent_pvt_large": (46.52, 58.50, "0da8b58581214f85974f"),
+    },
+}
+
+
+def _weight(file: str | None, task: str, wrapper: str | None) -> Weight:
+    # In dense form the code stands in copies of mmdetection and mmsegmentation, which state one.
+    code = None if task == "cls" else "Apache-2.0"
+    if file is None:
+        reason = "the authors give its result, but no file"
+        return Weight(unreleased=reason, task=task, code_licence=code)
+    url = f"https://cloud.tsinghua.edu.cn/f/{file}/?dl=1"
+    return Weight(url=url, wrapper=wrapper, task=task, code_licence=code)
+
+
+_dense_weights, _dense_results = dense(
+    "leaplab",
+    _README,
+    _DENSE,
+    lambda file, task: _weight(file, task, "state_dict"),
+    metrics={"coco": ("box AP", "mask AP"), "ade20k": ("mIoU", "mAcc")},
+)
 _PUBLISHED = {
     name: Published(top1=top1, gflops=gflops, source=_README)
     for name, (_, top1, gflops, _) in _FILES.items()
-}
+} | _dense_results
 _WEIGHTS = {
-    name: Weight(url=f"https://cloud.tsinghua.edu.cn/f/{file}/?dl=1", wrapper="model")
+    # Files on CSwin may hold averaged weights beside "model", which the authors then prefer.
+    name: _weight(file, "cls", None if "cswin" in name else "model")
     for name, (*_, file) in _FILES.items()
-}
+} | _dense_weights
 _ORIGIN = "https://github.com/LeapLabTHU/Agent-Attention"
 _FIRST_CONV = {
     "deit": "patch_embed.proj",

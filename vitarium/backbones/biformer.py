@@ -58,6 +58,7 @@ from vitarium.backbones._blocks import (
     refuse_attention_dropout,
 )
 from vitarium.backbones._registry import Published, build, register, source_cfg
+from vitarium.backbones._released import Tables, dense
 from vitarium.checkpoints import Renames, Weight
 from vitarium.ops import routing_attention
 
@@ -495,11 +496,33 @@ _SHARES = {
     "biformer_stl": "s!AkBbczdRlZvChSf-m7ujkvx9lIQ1",
     "biformer_stl_nchw": "s!AkBbczdRlZvChWYrKbWbMgqd2Ai0",
 }
-_URL = "https://api.onedrive.com/v1.0/shares"
-_WEIGHTS = {
-    f"{name}.rayleizhu_in1k": Weight(url=f"{_URL}/{share}/root/content", wrapper="model")
-    for name, share in _SHARES.items()
+_DENSE: Tables = {  # box AP, mask AP, or mIoU of one scale, several
+    "mask_rcnn_1x_coco": {"small": (47.8, 43.2, None), "base": (48.6, 43.7, None)},
+    "retinanet_1x_coco": {"small": (45.9, None), "base": (47.1, None)},
+    "semantic_fpn_80k_ade20k": {"small": (48.9, None), "base": (49.9, None)},
+    "upernet_160k_ade20k": {"small": (49.8, 50.8, None), "base": (51.0, 51.7, None)},
 }
+
+
+def _weight(share: str) -> Weight:
+    return Weight(
+        manual=f"Save https://1drv.ms/u/{share} from a browser; the authors' link to that share, "
+        f"https://api.onedrive.com/v1.0/shares/{share}/root/content, answers no longer",
+        wrapper="model",
+    )
+
+
+def _dense_weight(_: None, task: str) -> Weight:
+    return Weight(unreleased="the authors publish training logs only", task=task)
+
+
+_dense_weights, _dense_results = dense(
+    "rayleizhu", _README, _DENSE, _dense_weight, entry="biformer_{}"
+)
+_WEIGHTS = {f"{name}.rayleizhu_in1k": _weight(share) for name, share in _SHARES.items()}
+_TAGS = tuple(_WEIGHTS)
+_WEIGHTS |= _dense_weights
+_PUBLISHED |= _dense_results
 _ORIGIN = "https://github.com/rayleizhu/BiFormer"
 
 
@@ -528,7 +551,7 @@ default_cfgs = generate_default_cfgs(
         "biformer_atto.untrained": _cfg("biformer_atto.untrained", **_SMALL),
         **{
             name: _cfg(name, 112 if "_nchw" in name else BiFormer.min_size, origin_url=_ORIGIN)
-            for name in _WEIGHTS
+            for name in _TAGS
         },
     }
 )

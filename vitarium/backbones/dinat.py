@@ -36,6 +36,7 @@ from vitarium.backbones._blocks import (
 )
 from vitarium.backbones._nat_transformers import to_transformers as to_transformers
 from vitarium.backbones._registry import Published, build, register, source_cfg
+from vitarium.backbones._released import Tables, dense, transformers_copy
 from vitarium.backbones.nat import NAT
 from vitarium.checkpoints import Renames, Weight
 
@@ -77,7 +78,69 @@ _FILES = {
     "dinat_large_11x11.shi_in22k": "imagenet22k/dinat_large_in22k_224_11x11interp",
 }
 _URL = "https://shi-labs.com/projects/dinat/checkpoints"
-_WEIGHTS = {name: Weight(url=f"{_URL}/{file}.pth") for name, file in _FILES.items()}
+_COPIES = {
+    "dinat_mini.shi_in1k_hf": "dinat-mini-in1k-224",
+    "dinat_tiny.shi_in1k_hf": "dinat-tiny-in1k-224",
+    "dinat_small.shi_in1k_hf": "dinat-small-in1k-224",
+    "dinat_base.shi_in1k_hf": "dinat-base-in1k-224",
+    "dinat_large.shi_in22k_ft_in1k_hf": "dinat-large-in22k-in1k-224",
+    "dinat_large_384.shi_in22k_ft_in1k_hf": "dinat-large-in22k-in1k-384",
+    "dinat_large_11x11.shi_in22k_ft_in1k_384_hf": "dinat-large-11x11-in22k-in1k-384",
+}
+_DENSE: Tables = {  # box AP and mask AP, or mIoU of one scale and of several; the file
+    "mask_rcnn_3x_coco": {
+        "dinat_mini": (47.2, 42.5, "coco/maskrcnn_dinat_mini"),
+        "dinat_tiny": (48.6, 43.5, "coco/maskrcnn_dinat_tiny"),
+        "dinat_small": (49.3, 44.0, "coco/maskrcnn_dinat_small"),
+    },
+    "cascade_mask_rcnn_3x_coco": {
+        "dinat_mini": (51.2, 44.4, "coco/cascadedmaskrcnn_dinat_mini"),
+        "dinat_tiny": (52.2, 45.1, "coco/cascadedmaskrcnn_dinat_tiny"),
+        "dinat_small": (52.9, 45.8, "coco/cascadedmaskrcnn_dinat_small"),
+        "dinat_base": (53.4, 46.2, "coco/cascadedmaskrcnn_dinat_base"),
+        "dinat_large": (55.3, 47.8, "coco/cascadedmaskrcnn_dinat_large"),
+    },
+    "upernet_160k_ade20k": {
+        "dinat_mini": (45.8, 47.2, "ade20k/upernet_dinat_mini"),
+        "dinat_tiny": (47.8, 48.8, "ade20k/upernet_dinat_tiny"),
+        "dinat_small": (48.9, 49.9, "ade20k/upernet_dinat_small"),
+        "dinat_base": (49.6, 50.4, "ade20k/upernet_dinat_base"),
+        "dinat_large": (54.0, 54.9, "ade20k/upernet_dinat_large"),
+    },
+}
+_MASK2FORMER: dict[str, dict[str, float]] = {  # all with windows of 11 x 11
+    "coco_instance": {"AP": 50.8},
+    "coco_panoptic": {"PQ": 58.5},
+    "ade20k_instance": {"AP": 35.4},
+    "ade20k_panoptic": {"PQ": 49.4},
+    "ade20k_semantic": {"mIoU ms": 58.1},
+    "cityscapes_instance": {"AP": 45.1},
+    "cityscapes_panoptic": {"PQ": 67.2},
+    "cityscapes_semantic": {"mIoU ms": 84.5},
+}
+
+
+def _weight(file: str, task: str) -> Weight:
+    """The classifiers are bare, detectors mmcv's training states, as the authors load them."""
+    wrapper = "plain" if task == "cls" else "state_dict"
+    return Weight(url=f"{_URL}/{file}.pth", wrapper=wrapper, task=task)
+
+
+_dense_weights, _dense_results = dense("shi", _README, _DENSE, _weight)
+_WEIGHTS = {
+    **{name: _weight(file, "cls") for name, file in _FILES.items()},
+    **{name: transformers_copy(repository) for name, repository in _COPIES.items()},
+    **_dense_weights,
+}
+_PUBLISHED |= _dense_results
+_data_sets = {"coco": "COCO", "ade20k": "ADE20K", "cityscapes": "Cityscapes"}
+for _setting, _metrics in _MASK2FORMER.items():
+    _name = f"dinat_large_11x11.shi_mask2former_{_setting}"
+    # What surrounds the tensors of these is not stated.
+    _WEIGHTS[_name] = Weight(url=f"{_URL}/m2f/mask2former_dinat_large_{_setting}.pth", task="seg")
+    _data, _, _kind = _setting.partition("_")
+    _described = f"Mask2Former, {_data_sets[_data]}, {_kind}"
+    _PUBLISHED[_name] = Published(source=_README, setting=_described, metrics=_metrics)
 _ORIGIN = "https://github.com/SHI-Labs/Neighborhood-Attention-Transformer"
 
 
@@ -108,7 +171,10 @@ _CHANGES: dict[str, dict[str, Any]] = {
 default_cfgs = generate_default_cfgs(
     {
         "dinat_atto.untrained": _cfg("dinat_atto.untrained", **_SMALL),
-        **{name: _cfg(name, origin_url=_ORIGIN, **_CHANGES.get(name, {})) for name in _FILES},
+        **{
+            name: _cfg(name, origin_url=_ORIGIN, **_CHANGES.get(name.removesuffix("_hf"), {}))
+            for name in (*_FILES, *_COPIES)
+        },
     }
 )
 
@@ -196,14 +262,14 @@ def dinat_large_11x11(pretrained: bool = False, **kwargs: Any) -> DiNAT:
 _COCO = ((28,), (7, 14), (3, 5, 7), (3,))
 _ADE20K = ((16,), (4, 8), (2, 3, 4), (2,))
 _ADE20K_640 = ((20,), (5, 10), (2, 3, 4, 5, 2, 3, 4, 5, 5), (2,))  # large was trained at 640
+_11X11 = ((14,), (4, 7), (2, 3, 2, 3, 2, 3, 2, 3, 3), (1,))  # Mask2Former's, on all data
 
 
 def dense_kwargs(entry: str, task: str, kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """The model's arguments in detection (``det``: COCO) and segmentation (``seg``: ADE20K).
 
-    Only the dilations differ from classification. Mask2Former's backbone is to be asked for:
-    ``dinat_large_11x11`` whose odd blocks have ``dilations`` 14; 4, 7; 2, 3, 2, 3, 2, 3, 2, 3, 3;
-    1, given as one list per level with one int per block.
+    Only the dilations differ from classification. ``dinat_large_11x11`` is Mask2Former's backbone
+    in both.
 
     Args:
         entry: the model's entry.
@@ -211,7 +277,8 @@ def dense_kwargs(entry: str, task: str, kwargs: Mapping[str, Any]) -> dict[str, 
         kwargs: what the caller asks for, which counts more.
     """
     depths = kwargs.get("depths", _VARIANTS[entry]["depths"])
-    cycles = _COCO if task == "det" else _ADE20K_640 if "large" in entry else _ADE20K
+    segmenter = _ADE20K_640 if "large" in entry else _ADE20K
+    cycles = _11X11 if "11x11" in entry else _COCO if task == "det" else segmenter
     return {"dilations": cycled(cycles, depths), **kwargs}
 
 

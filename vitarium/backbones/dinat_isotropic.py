@@ -282,7 +282,8 @@ _PUBLISHED = {
 }
 _URL = "https://shi-labs.com/projects/dinat/checkpoints/isotropic"
 _WEIGHTS = {
-    name: Weight(url=f"{_URL}/{name.partition('.')[0]}_in1k_224.pth") for name in _PUBLISHED
+    name: Weight(url=f"{_URL}/{name.partition('.')[0]}_in1k_224.pth", wrapper="plain")
+    for name in _PUBLISHED
 }
 _ORIGIN = "https://github.com/SHI-Labs/Neighborhood-Attention-Transformer"
 

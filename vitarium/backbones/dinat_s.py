@@ -39,6 +39,7 @@ from vitarium.backbones._blocks import (
     no_buffers,
 )
 from vitarium.backbones._registry import Published, build, register, source_cfg
+from vitarium.backbones._released import Tables, dense
 from vitarium.checkpoints import Renames, Weight
 
 __all__ = ["DiNATs"]
@@ -69,12 +70,36 @@ _PUBLISHED = {
 }
 _URL = "https://shi-labs.com/projects/dinat/checkpoints"
 
+_DENSE: Tables = {  # box AP and mask AP, or mIoU of one scale and of several; the file
+    "mask_rcnn_3x_coco": {
+        "dinat_s_tiny": (46.6, 42.1, "coco/maskrcnn_dinat_s_tiny"),
+        "dinat_s_small": (48.6, 43.5, "coco/maskrcnn_dinat_s_small"),
+    },
+    "cascade_mask_rcnn_3x_coco": {
+        "dinat_s_tiny": (51.0, 44.1, "coco/cascadedmaskrcnn_dinat_s_tiny"),
+        "dinat_s_small": (52.3, 45.2, "coco/cascadedmaskrcnn_dinat_s_small"),
+        "dinat_s_base": (52.6, 45.3, "coco/cascadedmaskrcnn_dinat_s_base"),
+        "dinat_s_large": (54.8, 47.2, "coco/cascadedmaskrcnn_dinat_s_large"),
+    },
+    "upernet_160k_ade20k": {
+        "dinat_s_tiny": (46.0, 47.4, "ade20k/upernet_dinat_s_tiny"),
+        "dinat_s_small": (48.6, 49.9, "ade20k/upernet_dinat_s_small"),
+        "dinat_s_base": (49.4, 50.2, "ade20k/upernet_dinat_s_base"),
+        "dinat_s_large": (53.4, 54.6, "ade20k/upernet_dinat_s_large"),
+    },
+}
+
 
 def _in1k(size: str, pixels: int) -> Weight:
     """The authors' code and one of their tables name the same file differently."""
     names = (f"{_URL}/imagenet1k/dinat_s_{size}_{data}_{pixels}.pth" for data in ("in1k", "1k"))
     url, mirror = names
-    return Weight(url=url, mirrors=(mirror,))
+    return Weight(url=url, mirrors=(mirror,), wrapper="plain")
+
+
+def _dense_weight(file: str, task: str) -> Weight:
+    """Training states of mmcv, as the authors load them."""
+    return Weight(url=f"{_URL}/{file}.pth", wrapper="state_dict", task=task)
 
 
 _WEIGHTS = {
@@ -82,9 +107,15 @@ _WEIGHTS = {
     "dinat_s_small.shi_in1k": _in1k("small", 224),
     "dinat_s_base.shi_in1k": _in1k("base", 224),
     "dinat_s_large.shi_in22k_ft_in1k": _in1k("large", 224),
-    "dinat_s_large.shi_in22k": Weight(url=f"{_URL}/imagenet22k/dinat_s_large_in22k_224.pth"),
+    "dinat_s_large.shi_in22k": Weight(
+        url=f"{_URL}/imagenet22k/dinat_s_large_in22k_224.pth", wrapper="plain"
+    ),
     "dinat_s_large_384.shi_in22k_ft_in1k": _in1k("large", 384),
 }
+_TAGS = tuple(_WEIGHTS)
+_dense_weights, _dense_results = dense("shi", _README, _DENSE, _dense_weight)
+_WEIGHTS |= _dense_weights
+_PUBLISHED |= _dense_results
 _ORIGIN = "https://github.com/SHI-Labs/Neighborhood-Attention-Transformer"
 
 
@@ -115,7 +146,7 @@ _CHANGES: dict[str, dict[str, Any]] = {
 default_cfgs = generate_default_cfgs(
     {
         "dinat_s_atto.untrained": _cfg("dinat_s_atto.untrained", **_SMALL),
-        **{name: _cfg(name, origin_url=_ORIGIN, **_CHANGES.get(name, {})) for name in _WEIGHTS},
+        **{name: _cfg(name, origin_url=_ORIGIN, **_CHANGES.get(name, {})) for name in _TAGS},
     }
 )
 

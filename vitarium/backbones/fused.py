@@ -60,6 +60,7 @@ from vitarium.backbones._blocks import (
     window_mask,
 )
 from vitarium.backbones._registry import Published, build, register
+from vitarium.backbones._released import Tables, dense
 from vitarium.backbones._use_ops import BETWEEN
 from vitarium.backbones._use_ops import UsedOps as UsedOps
 from vitarium.backbones._use_ops import restore as restore
@@ -339,31 +340,135 @@ def dense_adapter(model: nn.Module, task: str, out_indices: Sequence[int]) -> De
 _GOLDENS = ("davit", "swin", "swinv2")
 _CODE_LICENCE = "MIT"
 _SWIN = "README of microsoft/Swin-Transformer, f82860b"
+_SWIN_DET = "README of SwinTransformer/Swin-Transformer-Object-Detection, c7b2011"
+_SWIN_SEG = "README of SwinTransformer/Swin-Transformer-Semantic-Segmentation, 87e6f90"
 _DAVIT = "README of dingmyu/davit, fc79470"
-_FIGURES: dict[str, tuple[float, float, str]] = {
-    "swin_tiny_patch4_window7_224.ms_in1k": (81.2, 4.5, _SWIN),
-    "swin_tiny_patch4_window7_224.ms_in22k_ft_in1k": (80.9, 4.5, _SWIN),
-    "swin_small_patch4_window7_224.ms_in1k": (83.2, 8.7, _SWIN),
-    "swin_small_patch4_window7_224.ms_in22k_ft_in1k": (83.2, 8.7, _SWIN),
-    "swin_base_patch4_window7_224.ms_in1k": (83.5, 15.4, _SWIN),
-    "swin_base_patch4_window7_224.ms_in22k_ft_in1k": (85.2, 15.4, _SWIN),
-    "swin_base_patch4_window12_384.ms_in1k": (84.5, 47.1, _SWIN),
-    "swin_base_patch4_window12_384.ms_in22k_ft_in1k": (86.4, 47.1, _SWIN),
-    "swin_large_patch4_window7_224.ms_in22k_ft_in1k": (86.3, 34.5, _SWIN),
-    "swin_large_patch4_window12_384.ms_in22k_ft_in1k": (87.3, 103.9, _SWIN),
-    "swinv2_tiny_window8_256.ms_in1k": (81.8, 5.9, _SWIN),
-    "swinv2_tiny_window16_256.ms_in1k": (82.8, 6.6, _SWIN),
-    "swinv2_small_window8_256.ms_in1k": (83.7, 11.5, _SWIN),
-    "swinv2_small_window16_256.ms_in1k": (84.1, 12.6, _SWIN),
-    "swinv2_base_window8_256.ms_in1k": (84.2, 20.3, _SWIN),
-    "swinv2_base_window16_256.ms_in1k": (84.6, 21.8, _SWIN),
-    "swinv2_base_window12to16_192to256.ms_in22k_ft_in1k": (86.2, 21.8, _SWIN),
-    "swinv2_base_window12to24_192to384.ms_in22k_ft_in1k": (87.1, 54.7, _SWIN),
-    "swinv2_large_window12to16_192to256.ms_in22k_ft_in1k": (86.9, 47.5, _SWIN),
-    "swinv2_large_window12to24_192to384.ms_in22k_ft_in1k": (87.6, 115.4, _SWIN),
-    "davit_tiny.msft_in1k": (82.8, 4.5, _DAVIT),
-    "davit_small.msft_in1k": (84.2, 8.8, _DAVIT),
-    "davit_base.msft_in1k": (84.6, 15.5, _DAVIT),
+# By the authors' name: top-1, GFLOPs, release, and how the file's name goes on. Left out: Swin-MLP,
+# which has no attention; Swin-MoE, whose experts need a library; SimMIM's pre-training, which has
+# no classifier.
+_SWIN_FILES: Mapping[str, Mapping[str, tuple[float | None, float | None, str, str]]] = {
+    "swin_tiny_patch4_window7_224": {
+        "in1k": (81.2, 4.5, "v1.0.0", ""),
+        "in22k": (None, None, "v1.0.8", "_22k"),
+        "in22k_ft_in1k": (80.9, 4.5, "v1.0.8", "_22kto1k_finetune"),
+    },
+    "swin_small_patch4_window7_224": {
+        "in1k": (83.2, 8.7, "v1.0.0", ""),
+        "in22k": (None, None, "v1.0.8", "_22k"),
+        "in22k_ft_in1k": (83.2, 8.7, "v1.0.8", "_22kto1k_finetune"),
+    },
+    "swin_base_patch4_window7_224": {
+        "in1k": (83.5, 15.4, "v1.0.0", ""),
+        "in22k": (None, None, "v1.0.0", "_22k"),
+        "in22k_ft_in1k": (85.2, 15.4, "v1.0.0", "_22kto1k"),
+    },
+    "swin_base_patch4_window12_384": {
+        "in1k": (84.5, 47.1, "v1.0.0", ""),
+        "in22k": (None, None, "v1.0.0", "_22k"),
+        "in22k_ft_in1k": (86.4, 47.1, "v1.0.0", "_22kto1k"),
+    },
+    "swin_large_patch4_window7_224": {
+        "in22k": (None, None, "v1.0.0", "_22k"),
+        "in22k_ft_in1k": (86.3, 34.5, "v1.0.0", "_22kto1k"),
+    },
+    "swin_large_patch4_window12_384": {
+        "in22k": (None, None, "v1.0.0", "_22k"),
+        "in22k_ft_in1k": (87.3, 103.9, "v1.0.0", "_22kto1k"),
+    },
+    "swin_tiny_c24_patch4_window8_256": {"in1k": (81.6, 5.9, "v1.0.5", "")},
+    "swinv2_tiny_patch4_window8_256": {"in1k": (81.8, 5.9, "v2.0.0", "")},
+    "swinv2_tiny_patch4_window16_256": {"in1k": (82.8, 6.6, "v2.0.0", "")},
+    "swinv2_small_patch4_window8_256": {"in1k": (83.7, 11.5, "v2.0.0", "")},
+    "swinv2_small_patch4_window16_256": {"in1k": (84.1, 12.6, "v2.0.0", "")},
+    "swinv2_base_patch4_window8_256": {"in1k": (84.2, 20.3, "v2.0.0", "")},
+    "swinv2_base_patch4_window16_256": {"in1k": (84.6, 21.8, "v2.0.0", "")},
+    "swinv2_base_patch4_window12_192": {"in22k": (None, None, "v2.0.0", "_22k")},
+    "swinv2_base_patch4_window12to16_192to256": {
+        "in22k_ft_in1k": (86.2, 21.8, "v2.0.0", "_22kto1k_ft"),
+    },
+    "swinv2_base_patch4_window12to24_192to384": {
+        "in22k_ft_in1k": (87.1, 54.7, "v2.0.0", "_22kto1k_ft"),
+    },
+    "swinv2_large_patch4_window12_192": {"in22k": (None, None, "v2.0.0", "_22k")},
+    "swinv2_large_patch4_window12to16_192to256": {
+        "in22k_ft_in1k": (86.9, 47.5, "v2.0.0", "_22kto1k_ft"),
+    },
+    "swinv2_large_patch4_window12to24_192to384": {
+        "in22k_ft_in1k": (87.6, 115.4, "v2.0.0", "_22kto1k_ft"),
+    },
+}
+_DAVIT_FILES = {  # top-1, GFLOPs, file
+    "davit_tiny": (82.8, 4.5, "EcJYlVYP9y5FsDbMP-nwjtABgLmdrNGZBxgR5--Kg3MZ7Q?e=v9OrXB"),
+    "davit_small": (84.2, 8.8, "ERN_Gzm8oKdIvO01r0X2cscB_owuRAnnQPNGJEVGP23xHQ?e=MVW3ZO"),
+    "davit_base": (84.6, 15.5, "Ea8kCpdM949CvTM0w7DWbGwBxxiACMSik4zx-emrNY0uKQ?e=aEjC7u"),
+}
+_SWIN_DETECTORS: Tables = {  # box AP and mask AP; the file
+    "mask_rcnn_1x_coco": {"tiny": (43.7, 39.8, "v1.0.3/mask_rcnn_swin_tiny_patch4_window7_1x")},
+    "mask_rcnn_3x_coco": {
+        "tiny": (46.0, 41.6, "v1.0.2/mask_rcnn_swin_tiny_patch4_window7"),
+        "small": (48.5, 43.3, "v1.0.2/mask_rcnn_swin_small_patch4_window7"),
+    },
+    "cascade_mask_rcnn_1x_coco": {
+        "tiny": (48.1, 41.7, "v1.0.3/cascade_mask_rcnn_swin_tiny_patch4_window7_1x"),
+    },
+    "cascade_mask_rcnn_3x_coco": {
+        "tiny": (50.4, 43.7, "v1.0.2/cascade_mask_rcnn_swin_tiny_patch4_window7"),
+        "small": (51.9, 45.0, "v1.0.2/cascade_mask_rcnn_swin_small_patch4_window7"),
+        "base": (51.9, 45.0, "v1.0.2/cascade_mask_rcnn_swin_base_patch4_window7"),
+    },
+    "reppoints_v2_3x_coco": {"tiny": (50.0, "v1.0.9/reppointsv2_swin_tiny_patch4_window7_3x")},
+    "mask_reppoints_v2_3x_coco": {
+        "tiny": (50.4, 43.8, "v1.0.9/mask_reppointsv2_swin_tiny_patch4_window7_3x"),
+    },
+    "moby_mask_rcnn_1x_coco": {
+        "tiny": (43.6, 39.6, "v1.0.3/moby_mask_rcnn_swin_tiny_patch4_window7_1x"),
+    },
+    "moby_mask_rcnn_3x_coco": {
+        "tiny": (46.0, 41.7, "v1.0.3/moby_mask_rcnn_swin_tiny_patch4_window7_3x"),
+    },
+    "moby_cascade_mask_rcnn_1x_coco": {
+        "tiny": (48.1, 41.5, "v1.0.3/moby_cascade_mask_rcnn_swin_tiny_patch4_window7_1x"),
+    },
+    "moby_cascade_mask_rcnn_3x_coco": {
+        "tiny": (50.2, 43.5, "v1.0.3/moby_cascade_mask_rcnn_swin_tiny_patch4_window7_3x"),
+    },
+}
+_SWIN_SEGMENTERS: Tables = {  # mIoU of one scale and of several; the file
+    "upernet_160k_ade20k": {
+        "tiny": (44.51, 45.81, "v1.0.1/upernet_swin_tiny_patch4_window7_512x512"),
+        "small": (47.64, 49.47, "v1.0.1/upernet_swin_small_patch4_window7_512x512"),
+        "base": (48.13, 49.72, "v1.0.1/upernet_swin_base_patch4_window7_512x512"),
+    },
+    "moby_upernet_160k_ade20k": {
+        "tiny": (44.06, 45.58, "v1.0.3/moby_upernet_swin_tiny_patch4_window7_512x512"),
+    },
+}
+_DAVIT_DENSE: Tables = {  # box AP and mask AP, or mIoU; the file
+    "mask_rcnn_1x_coco": {
+        "tiny": (45.0, 41.1, "ERgc6486IzJPpPWDPJUwKP0BCc4oFtTgdudnPmmPqozqug?e=QWsLYg"),
+        "small": (47.7, 42.9, "EVgVH-9l--pJpBuly1xwsAkBx57Ph9ZAajt31vk-TqQPrA?e=byv2uC"),
+        "base": (48.2, 43.3, "EY5MU9O8n0ZPrvzCgakS4PoBdg6H3FCOSi1QVNCpJSQJ7g?e=MtdUGz"),
+    },
+    "mask_rcnn_3x_coco": {
+        "tiny": (47.4, 42.9, "Ed1Su_p29_5KuX5Lbc2oq6gB3AVKnI-ojAT-yyICXWRbgg?e=XdJPsp"),
+        "small": (49.5, 44.3, "EQCvUkIhwxNOrR1KibewNU0BqDDxzt311xANejUHprm0yQ?e=LiK9hX"),
+        "base": (49.9, 44.6, "Ed8kh4c1G41OmfIzo5sOS74Bccp1G65qg0H2s0WtcXUJZA?e=lnqLoQ"),
+    },
+    "retinanet_1x_coco": {
+        "tiny": (44.0, "EdNCWmdUArpPgjNn2JY37_QBs5KVNy8d-8bNK7DNyjYHyg?e=osMprJ"),
+        "small": (46.0, "EfWFiJY0iEpGhPzwQA5nv7IB-8bgnVfCHQVT4FqX8UeK9w?e=sr0Ed6"),
+        "base": (46.7, "ESKE9OFCDzxGo2D2Eyr29c0BFhc-j8OjF2WRoSxSK0gn4g?e=KfyJCA"),
+    },
+    "retinanet_3x_coco": {
+        "tiny": (46.5, "EZ10htYokJhOi0serTLAx5cBGcJLL7PgWSO1uzlIXUw1Jg?e=zsMh4y"),
+        "small": (48.2, "Ef9u9l_81_1PvCKGngnrkPoB1mGjelED0CzXr7RJwoQB7w?e=zTYozh"),
+        "base": (48.7, "Ea7c6g_OkqpHrGIviK2Ua-4B2wc4Rd0PTdXAlA2IyTZxGQ?e=N4askR"),
+    },
+    "upernet_160k_ade20k": {
+        "tiny": (46.3, "ERajqEKtzIBGgX2slZxCYrEBoEL-ZnLkUaXP9SHT-rp13w?e=Ga9U8a"),
+        "small": (48.8, "Ef5hJPsJXNZLiRkUTL9-ozcBaVyVEAvolNwMUlsmJhm2Yg?e=BnJ6Et"),
+        "base": (49.4, "EWl80Je0fUlNlbJzI_qKgIkBFX-epbfK3Vzgdq1C2iOsuA?e=wumOBS"),
+    },
 }
 
 
@@ -431,9 +536,9 @@ _KINDS = {
 
 
 def _cfg(name: str, kind: _Kind, cfg: PretrainedCfg) -> PretrainedCfg:
-    """Timm's description of a model and its weights, as it applies to ours."""
-    url = cfg.url or None
-    if cfg.hf_hub_id and url is None:
+    """Timm's description of a model and of its weights on the hub, as it applies to ours."""
+    url = None
+    if cfg.hf_hub_id:
         file = "pytorch_model.bin" if name.endswith("_florence2") else "model.safetensors"
         url = f"https://huggingface.co/{cfg.hf_hub_id}/resolve/main/{file}"
     return replace(
@@ -457,6 +562,10 @@ def _clamp_as_authors(model: nn.Module) -> None:
             block.window_area = side**2
             block.attn.set_window_size((side, side))
             block.attn_mask = None
+
+
+_C24 = "fused_swin_tiny_c24_patch4_window8_256"  # a model of the authors that timm lacks
+_C24_ARGS = {"num_heads": (4, 8, 16, 32), "window_size": 8, "img_size": 256}
 
 
 def _create(
@@ -502,12 +611,16 @@ def _create(
 
 
 def _entry(variant: str, kind: _Kind, timms: str | None) -> Callable[..., nn.Module]:
+    own = _C24_ARGS if variant == _C24 else {}
+
     def entry(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-        return _create(variant, kind, timms, pretrained, **kwargs)
+        return _create(variant, kind, timms, pretrained, **{**own, **kwargs})
 
     entry.__name__ = entry.__qualname__ = variant
     if timms is None:
         entry.__doc__ = "At most 1.5 M parameters (10 classes); ours, for tests, on 64 x 64 pixels."
+    elif own:
+        entry.__doc__ = f"timm's {timms} with {own}: Swin-T/C24, whose heads have 24 channels."
     else:
         entry.__doc__ = f"timm's {timms} with our ops, timm's weights, and any size of images."
     return entry
@@ -529,6 +642,94 @@ _CFGS = {
     for ours, (kind, name) in _ENTRIES.items()
     for full, cfg in get_arch_pretrained_cfgs(name or "").items()
 }
+
+
+def _swin_weight(file: str, task: str) -> Weight:
+    """The authors' detectors and segmenters are in copies of OpenMMLab's code, with its licence."""
+    return Weight(
+        url=f"https://github.com/SwinTransformer/storage/releases/download/{file}.pth",
+        wrapper="model" if task == "cls" else "state_dict",
+        task=task,
+        code_licence=None if task == "cls" else "Apache-2.0",
+    )
+
+
+def _davit_weight(file: str, task: str) -> Weight:
+    folder = "https://connecthkuhk-my.sharepoint.com/:u:/g/personal/u3007305_connect_hku_hk"
+    return Weight(
+        manual=f"Save {folder}/{file} from a browser: SharePoint serves browsers only",
+        wrapper="state_dict",
+        task=task,
+    )
+
+
+_WEIGHTS = {
+    name: Weight(url=str(cfg.url), wrapper="plain", licence=cfg.license)
+    for name, cfg in _CFGS.items()
+    if cfg.license
+}
+_PUBLISHED: dict[str, Published] = {}
+_C24_CFG = replace(
+    _CFGS["fused_swin_tiny_patch4_window7_224.ms_in1k"],
+    input_size=(3, 256, 256),
+    pool_size=(8, 8),
+)
+
+
+def _release(
+    entry: str,
+    orgs: tuple[str, str],
+    data: str,
+    weight: Weight,
+    top1: float | None,
+    gflops: float | None,
+    source: str,
+    **evaluation: Any,
+) -> None:
+    """A tag for a file of the authors beside that of timm's copy, in ``orgs``' order.
+
+    Images are prepared as in the authors' ``evaluation``, which differs from timm's; the result
+    is of both files.
+    """
+    name, copy = (f"{entry}.{org}_{data}" for org in orgs)
+    like = _C24_CFG if entry == _C24 else _CFGS[copy]
+    _CFGS[name] = replace(
+        like, url=weight.url, hf_hub_id=None, license=weight.licence, **evaluation
+    )
+    _WEIGHTS[name] = weight
+    if top1 is not None:
+        result = Published(top1=top1, gflops=gflops, source=source)
+        _PUBLISHED.update({known: result for known in (name, copy) if known in _CFGS})
+
+
+for _stem, _files in _SWIN_FILES.items():
+    _entry_name = f"fused_{_stem.replace('_patch4', '') if 'swinv2' in _stem else _stem}"
+    _crop = {"crop_pct": 1.0, "crop_mode": "squash"} if "384" in _stem else {"crop_pct": 0.875}
+    for _data, (_top1, _gflops, _folder, _end) in _files.items():
+        _weight = _swin_weight(f"{_folder}/{_stem}{_end}", "cls")
+        _orgs = ("microsoft", "ms")
+        _release(_entry_name, _orgs, _data, _weight, _top1, _gflops, _SWIN, **_crop)
+for _stem, (_top1, _gflops, _file) in _DAVIT_FILES.items():
+    _weight = _davit_weight(_file, "cls")
+    _orgs = ("dingmyu", "msft")
+    _release(f"fused_{_stem}", _orgs, "in1k", _weight, _top1, _gflops, _DAVIT, crop_pct=0.9)
+
+_GIANT = "fused_davit_giant.dingmyu_ft_in1k"
+_WEIGHTS[_GIANT] = Weight(unreleased="the authors give its result, but neither file nor code")
+_CFGS[_GIANT] = replace(_CFGS["fused_davit_giant.untrained"], license=_WEIGHTS[_GIANT].licence)
+_PUBLISHED[_GIANT] = Published(
+    top1=90.4, source=_DAVIT, setting="pretrained on 1.5 B pairs of image and text"
+)
+
+_SWIN_ENTRY = "fused_swin_{}_patch4_window7_224"
+for _weights, _results in (
+    dense("microsoft", _SWIN_DET, _SWIN_DETECTORS, _swin_weight, _SWIN_ENTRY),
+    dense("microsoft", _SWIN_SEG, _SWIN_SEGMENTERS, _swin_weight, _SWIN_ENTRY),
+    dense("dingmyu", _DAVIT, _DAVIT_DENSE, _davit_weight, "fused_davit_{}"),
+):
+    _WEIGHTS |= _weights
+    _PUBLISHED |= _results
+
 default_cfgs = generate_default_cfgs(
     {
         **_CFGS,
@@ -544,17 +745,9 @@ default_cfgs = generate_default_cfgs(
         },
     }
 )
-_WEIGHTS = {
-    name: Weight(url=str(cfg.url), licence=cfg.license)
-    for name, cfg in _CFGS.items()
-    if cfg.license
-}
-_PUBLISHED = {
-    f"fused_{name}": Published(top1, gflops, source)
-    for name, (top1, gflops, source) in _FIGURES.items()
-}
 
 for _name, _kind in _KINDS.items():
     _ENTRIES[f"fused_{_name}_atto"] = (_kind, None)
+_ENTRIES[_C24] = (_KINDS["swin"], "swin_tiny_patch4_window7_224")
 for _variant, _of in _ENTRIES.items():
     globals()[_variant] = register(_entry(_variant, *_of))

@@ -37,6 +37,7 @@ from vitarium.backbones._blocks import (
 )
 from vitarium.backbones._nat_transformers import to_transformers as to_transformers
 from vitarium.backbones._registry import Published, build, register, source_cfg
+from vitarium.backbones._released import Tables, dense, transformers_copy
 from vitarium.checkpoints import Renames, Weight
 
 __all__ = ["NAT"]
@@ -92,17 +93,53 @@ _PUBLISHED = {
     "nat_small.shi_in1k": Published(top1=83.7, gflops=7.8, source=_README),
     "nat_base.shi_in1k": Published(top1=84.3, gflops=13.7, source=_README),
 }
-_URL = "https://shi-labs.com/projects/nat/checkpoints/CLS"
+_URL = "https://shi-labs.com/projects/nat/checkpoints"
+_DENSE: Tables = {  # box AP and mask AP, or mIoU of one scale and of several; the file
+    "mask_rcnn_3x_coco": {
+        "nat_mini": (46.5, 41.7, "DET/nat_mini_maskrcnn"),
+        "nat_tiny": (47.7, 42.6, "DET/nat_tiny_maskrcnn"),
+        "nat_small": (48.4, 43.2, "DET/nat_small_maskrcnn"),
+    },
+    "cascade_mask_rcnn_3x_coco": {
+        "nat_mini": (50.3, 43.6, "DET/nat_mini_cascademaskrcnn"),
+        "nat_tiny": (51.4, 44.5, "DET/nat_tiny_cascademaskrcnn"),
+        "nat_small": (52.0, 44.9, "DET/nat_small_cascademaskrcnn"),
+        "nat_base": (52.3, 45.1, "DET/nat_base_cascademaskrcnn"),
+    },
+    "upernet_160k_ade20k": {
+        "nat_mini": (45.1, 46.4, "SEG/nat_mini_upernet"),
+        "nat_tiny": (47.1, 48.4, "SEG/nat_tiny_upernet"),
+        "nat_small": (48.0, 49.5, "SEG/nat_small_upernet"),
+        "nat_base": (48.5, 49.7, "SEG/nat_base_upernet"),
+    },
+}
+
+
+def _weight(file: str, task: str) -> Weight:
+    """The classifiers are bare, the others mmcv's training states, as the authors load them."""
+    wrapper = "plain" if task == "cls" else "state_dict"
+    return Weight(url=f"{_URL}/{file}.pth", wrapper=wrapper, task=task)
+
+
 _DIGITS = "nat_atto.vitarium_digits"
 _WEIGHTS = {
     _DIGITS: Weight(
         file=f"{_DIGITS}.safetensors",
         size=5_636_104,
         sha256="1a94fd0fa93b12d9b5cd8b94e4a25cef4c76bcef4ae3210791ee962c41abeabe",
+        wrapper="plain",
         licence="Apache-2.0",
     ),
-    **{name: Weight(url=f"{_URL}/{name.partition('.')[0]}.pth") for name in _PUBLISHED},
+    **{name: _weight(f"CLS/{name.partition('.')[0]}", "cls") for name in _PUBLISHED},
+    "nat_mini.shi_in1k_hf": transformers_copy("nat-mini-in1k-224"),
+    "nat_tiny.shi_in1k_hf": transformers_copy("nat-tiny-in1k-224"),
+    "nat_small.shi_in1k_hf": transformers_copy("nat-small-in1k-224"),
+    "nat_base.shi_in1k_hf": transformers_copy("nat-base-in1k-224"),
 }
+_TAGS = tuple(_WEIGHTS)
+_dense_weights, _dense_results = dense("shi", _README, _DENSE, _weight)
+_WEIGHTS |= _dense_weights
+_PUBLISHED |= _dense_results
 
 
 def _cfg(name: str, **kwargs: Any) -> dict[str, Any]:
@@ -125,7 +162,7 @@ _SMALL = {"num_classes": 10, "input_size": (3, 64, 64), "pool_size": (2, 2), "cr
 default_cfgs = generate_default_cfgs(
     {
         _DIGITS: _cfg(_DIGITS, mean=_HALF, std=_HALF, **_SMALL),
-        **{name: _cfg(name, origin_url=_ORIGIN) for name in _PUBLISHED},
+        **{name: _cfg(name, origin_url=_ORIGIN) for name in _TAGS if name != _DIGITS},
     }
 )
 

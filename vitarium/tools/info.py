@@ -1,4 +1,4 @@
-"""`vitarium info`: all that the generated models.json tells about one model.
+"""`vitarium info`: all that the generated models.json tells about one model or weight file.
 
 Like `list`, loaded without the package above it: standard library, rich and `list` only.
 """
@@ -28,11 +28,16 @@ def run(args: Namespace) -> int:
         known = [text for m in models for text in (m["name"], m["entry"])]
         raise ValueError(f"unknown model {args.model!r}{did_you_mean(args.model, known)}")
     model = found[0]
+    beside = [m for m in models if m["entry"] == model["entry"] and m["name"] != model["name"]]
+    files = {
+        title: [m["name"] for m in beside if m["task"] == task]
+        for task, title in (("cls", "other tags"), ("det", "detectors"), ("seg", "segmenters"))
+    }
     if args.json:
-        print(json.dumps(model, indent=2))
+        print(json.dumps(model | {k.replace(" ", "_"): v for k, v in files.items()}, indent=2))
         return 0
-    tags = [m["tag"] for m in models if m["entry"] == model["entry"] and m != model]
-    facts = _facts(model) | ({"other tags": ", ".join(tags)} if tags else {})
+    facts = _facts(model)
+    facts |= {title: ", ".join(names) for title, names in files.items() if names}
     width = max(map(len, facts))
     for name, fact in facts.items():
         print(f"{name:{width}}  {fact}")
@@ -40,30 +45,51 @@ def run(args: Namespace) -> int:
 
 
 def _facts(model: dict[str, Any]) -> dict[str, str]:
-    paper, weights = model["paper"], model["weights"]
-    height, width = model["input_size"][1:]
-    published = f" ({model['source']})" if model["source"] else ""
-    facts = {
+    paper, licence = model["paper"], model["licence"]
+    return {
         "model": model["name"],
         "family": f"{model['family']}: {paper['title']}, {paper['id']}",
-        "code": f"{model['code'] or 'vitarium'}, {model['licence']['code']}",
-        "params": f"{model['params']:,}",
+        "code": f"{model['code'] or 'vitarium'}, {licence['code']}",
+        "params": f"{model['params']:,}" + ("" if model["task"] == "cls" else ", of the backbone"),
+        **(_classifier(model) if model["task"] == "cls" else _dense(model)),
+        "channels": f"{_row(model['channels'])} at strides {_row(model['strides'])}",
+        "ops": _row(model["ops"]),
+        **_weights(model["weights"], licence["weights"]),
+    }
+
+
+def _classifier(model: dict[str, Any]) -> dict[str, str]:
+    height, width = model["input_size"][1:]
+    published = f" ({model['source']})" if model["source"] else ""
+    setting = {"setting": model["setting"]} if model["setting"] else {}
+    return {
         "GFLOPs": f"{model['gflops']:.2f} multiply-adds, counted at {height} x {width}",
         "published": _known(model["published_gflops"], f" GFLOPs{published}"),
         "top-1": _known(model["top1"], f" %{published}"),
+        **setting,
         "classes": str(model["num_classes"]),
         "input": f"{height} x {width}, crop {model['crop_pct']}, {model['interpolation']}",
         "mean, std": f"{_row(model['mean'])}; {_row(model['std'])}",
-        "channels": f"{_row(model['channels'])} at strides {_row(model['strides'])}",
-        "ops": _row(model["ops"]),
-        "weights": weights["source"],
     }
-    if weights["source"] != "none":
-        size = f"{weights['size']:,} bytes" if weights["size"] else "size not stated"
-        facts["weights"] += f": {weights['address']}, {size}"
-        facts["sha256"] = weights["sha256"] or "not stated"
-        facts["licence"] = f"of the weights: {model['licence']['weights']}"
-    return facts
+
+
+def _dense(model: dict[str, Any]) -> dict[str, str]:
+    results = ", ".join(f"{name} {value} %" for name, value in model["metrics"].items())
+    return {"setting": model["setting"], "result": f"{results} ({model['source']})"}
+
+
+def _weights(weights: dict[str, Any], licence: str | None) -> dict[str, str]:
+    if weights["source"] in ("none", "not released"):
+        reason = weights.get("address")
+        return {"weights": weights["source"] + (f": {reason}" if reason else "")}
+    return {
+        "weights": f"{weights['source']}: {weights['address']}",
+        **({"mirrors": _row(weights["mirrors"])} if weights["mirrors"] else {}),
+        "wrapper": weights["wrapper"] or "not stated",
+        "size": f"{weights['size']:,} bytes" if weights["size"] else "not published",
+        "sha256": weights["sha256"] or "not published",
+        "licence": f"of the weights: {licence}",
+    }
 
 
 def _known(value: float | None, unit: str) -> str:

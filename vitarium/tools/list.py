@@ -22,7 +22,7 @@ _PERMISSIVE = {"mit", "apache-2.0", "bsd-2-clause", "bsd-3-clause"}
 
 
 def catalogue() -> list[dict[str, Any]]:
-    """Every model with its facts, in the list's order (see `vitarium.tools.catalogue`)."""
+    """Every model and weight file with its facts, in order (see `vitarium.tools.catalogue`)."""
     models: list[dict[str, Any]] = json.loads(_MODELS.read_text(encoding="utf-8"))
     return models
 
@@ -47,11 +47,15 @@ def run(args: Namespace) -> int:
         raise ValueError(f"no model matches {' '.join(args.patterns)}{hints}")
     chosen = [m for m in named if _passes(m, args)]
     if not chosen:
-        raise ValueError(f"the filters leave none of {len(named)} models")
+        raise ValueError(f"the filters leave none of {len(named)} models (--task {args.task})")
     if args.json:
         print(json.dumps(chosen, indent=2))
     else:
-        Console(markup=False, highlight=False).print(_table(chosen))
+        console = Console(markup=False, highlight=False)
+        if classifiers := [m for m in chosen if m["task"] == "cls"]:
+            console.print(_table(classifiers))
+        if dense := [m for m in chosen if m["task"] != "cls"]:
+            console.print(_dense_table(dense))
     return 0
 
 
@@ -65,9 +69,11 @@ def _matches(model: dict[str, Any], patterns: list[str]) -> bool:
 
 def _passes(model: dict[str, Any], args: Namespace) -> bool:
     millions = model["params"] / 1e6
+    # Without weights there is only the code's licence; "none stated" is one that permits nothing.
     licences = {licence.lower() for licence in model["licence"].values() if licence}
     return (
-        (args.params_min is None or millions >= args.params_min)
+        args.task in (model["task"], "all")
+        and (args.params_min is None or millions >= args.params_min)
         and (args.params_max is None or millions <= args.params_max)
         and (not args.weights or model["weights"]["source"] in ("packaged", "download"))
         and (
@@ -95,6 +101,22 @@ def _table(models: list[dict[str, Any]]) -> Table:
             f"{height}" if height == width else f"{height}x{width}",
             model["weights"]["source"],
             model["licence"]["weights"] or "-",
+        )
+    return table
+
+
+def _dense_table(models: list[dict[str, Any]]) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("detector or segmenter", overflow="fold")
+    table.add_column("result, %")
+    table.add_column("weights", min_width=len("download"))
+    table.add_column("their licence")
+    for model in models:
+        table.add_row(
+            model["name"],
+            ", ".join(f"{name} {value}" for name, value in model["metrics"].items()),
+            model["weights"]["source"],
+            model["licence"]["weights"],
         )
     return table
 
