@@ -680,3 +680,12 @@ def test_a_zoo_model_is_created_from_a_url_and_then_without_a_network(cache, mon
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     loaded = create(url).state_dict()
     assert all(torch.equal(loaded[name], state[name]) for name in state)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_who_survives_a_killed_download_has_the_right_weights():
+    storm = Path(__file__).with_name("download_storm.py")
+    argv = [sys.executable, str(storm), "--rounds", "2", "--processes", "3"]
+    result = subprocess.run(argv, capture_output=True, text=True, env=ENV, check=False)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "2 of 2 rounds right: 4 of 4 survivors" in result.stdout
