@@ -180,8 +180,8 @@ class _Place:
         if expected.sha256 is None:
             return "no record tells which bytes it should hold"
         fault = _fault(self.path, expected)
-        if fault is None:
-            self._record(self.path.stat().st_size, expected.sha256)
+        if fault is None and expected.size is not None:
+            self._record(expected.size, expected.sha256)
         return fault
 
     def checked(self, file: Path, linked: str | None = None) -> str:
@@ -272,17 +272,22 @@ def _replace(place: _Place, progress: bool | None) -> Path:
             f"{name}: not in the cache ({path}), and {offline} forbids a download{aside}"
         )
     expected, part, failures = place.expected(), Part(path), []
-    with meter(name, progress) as shown:
-        for url in weight.addresses:
-            try:
-                digest = _download(url, part, place, expected, shown)
-                break
-            except CheckpointError as error:
-                failures.append(f"{endpoint_address(url)}: {error}")
-        else:
-            raise CheckpointError(f"{name}: cannot be downloaded{aside}. {'; '.join(failures)}")
-    place.keep(part.path, digest)
-    part.discard()
+    try:
+        with meter(name, progress) as shown:
+            for url in weight.addresses:
+                try:
+                    digest = _download(url, part, place, expected, shown)
+                    break
+                except CheckpointError as error:
+                    failures.append(f"{endpoint_address(url)}: {error}")
+            else:
+                raise CheckpointError(f"{name}: cannot be downloaded{aside}. {'; '.join(failures)}")
+        place.keep(part.path, digest)
+    finally:
+        hashed = expected.sha256 is not None
+        addresses = map(endpoint_address, weight.addresses)
+        if not any(part.resumable(address, expected.size, hashed) for address in addresses):
+            part.discard()
     if aside:
         warnings.warn(f"{name}: downloaded anew{aside}", stacklevel=3)
     place.notice(stacklevel=3)

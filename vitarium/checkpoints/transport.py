@@ -154,11 +154,10 @@ def _receive(
         _check_kind(head, total)
     if size is not None and total != size:
         raise WrongFileError(f"sent the wrong file: expected {size} bytes, got {total}")
+    needed = (total or 0) - part.size
     free = shutil.disk_usage(part.path.parent).free
-    if total is not None and total - offset > free:
-        raise CheckpointError(
-            f"needs {total - offset} bytes, and {part.path.parent} has {free} left"
-        )
+    if needed > free:
+        raise CheckpointError(f"needs {needed} bytes, and {part.path.parent} has {free} left")
     meter.begin(offset, total)
     received = offset
     with part.writing(offset, Origin(address, announced, _validator(response.headers))) as writer:
@@ -273,6 +272,8 @@ def _request(address: str, headers: dict[str, str]) -> http.client.HTTPResponse:
         raise _TransientError(f"no byte for {_TIMEOUT:g} seconds") from error
     except (OSError, http.client.HTTPException) as error:
         raise _TransientError(f"the connection broke: {error!r}") from error
+    except (ValueError, OverflowError) as error:  # of a host's name or a port's number
+        raise CheckpointError(f"{address} is no address: {error}") from error
     return response
 
 
