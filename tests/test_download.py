@@ -157,6 +157,14 @@ FAULTS = {
     "wrong range": Fault(
         [CUT, part_of(DATA, 8000, len(DATA), ETag='"1"'), FINE], second=(REST, REST)
     ),
+    "range of another place": Fault(
+        [
+            CUT,
+            Reply(DATA[9000:], 206, {"Content-Range": "bytes 8000-20079/20080", "ETag": '"1"'}),
+            FINE,
+        ],
+        second=(REST, REST),
+    ),
     "range without its place": Fault([CUT, Reply(DATA[9000:], 206), FINE], second=(REST, REST)),
     "range of another length": Fault(
         [CUT, part_of(DATA + b"x", 9000, len(DATA) + 1, ETag='"1"'), FINE], second=(REST, REST)
@@ -210,6 +218,29 @@ def test_what_a_lasting_fault_left_is_completed_by_the_next_call(cache):
         assert server.ranges == [None, *[REST] * 4]
         assert server.headers[-1]["If-Range"] == '"1"'
         assert server.headers[0]["Accept-Encoding"] == "identity"
+
+
+def test_what_an_interrupt_left_is_completed_by_the_next_call(cache, monkeypatch):
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    moments = (
+        "vitarium.checkpoints.progress.Meter.advance",  # one chunk is written
+        "vitarium.checkpoints.lock.record",  # the part is complete
+    )
+    with Server({"/x.pth": [replace(FINE, step=9000, pause=0.1), FINE]}) as server:
+        weight = Weight(url=server.url("/x.pth"))
+        for moment in moments:
+            with monkeypatch.context() as patch:
+                patch.setattr(moment, interrupted)
+                with pytest.raises(KeyboardInterrupt):
+                    fetch(weight, "toy")
+            assert not weights(cache)
+        assert fetch(weight, "toy").read_bytes() == DATA
+        first, second, third = server.ranges
+        assert first is None
+        assert 0 < int(second[len("bytes=") : -1]) <= 9000
+        assert third == f"bytes={len(DATA) - 1}-"
 
 
 KILLED = """
@@ -309,7 +340,7 @@ def test_bytes_that_may_not_have_reached_the_disk_are_asked_for_again(cache):
             fetch(weight, "toy")
         (part,) = cache.glob("*.part")
         with part.open("ab") as file:
-            file.write(bytes(500))  # as after a power cut
+            file.write(bytes(len(DATA)))  # as after a power cut
         assert fetch(weight, "toy").read_bytes() == DATA
         assert server.ranges[-1] == REST
 
@@ -432,12 +463,17 @@ def test_what_the_hub_states_is_checked(stated, where, monkeypatch):
 
 def test_only_the_hub_may_state_a_hash(monkeypatch):
     linked = {"X-Linked-Etag": "0" * 64}
+    with Server({"/cdn/x": replace(FINE, headers=linked)}) as other:
+        away = Reply(status=302, headers={"Location": other.url("/cdn/x")})
+        with Server({PLACE: away}) as server:
+            monkeypatch.setenv("HF_ENDPOINT", server.url("/hub"))
+            assert fetch(Weight(url=HUB), "toy").read_bytes() == DATA
     with Server({"/x.pth": replace(FINE, headers=linked)}) as server:
         assert fetch(Weight(url=server.url("/x.pth")), "toy").read_bytes() == DATA
     with Server({"/hub/x.pth": Reply(status=404)}) as server:
         monkeypatch.setenv("HF_ENDPOINT", "ftp://example.org")
         with pytest.raises(CheckpointError, match="HF_ENDPOINT: expected an http or https"):
-            fetch(Weight(url=HUB), "toy")
+            fetch(Weight(url=HUB), "other")
 
 
 def test_proxies_are_taken_from_the_environment(monkeypatch):

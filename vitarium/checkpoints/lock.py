@@ -118,8 +118,11 @@ def _parsed(url: str, entry: Any) -> Record:
 def _write(file: Path, records: dict[str, Record]) -> None:
     content = {"version": _VERSION, "files": {url: asdict(entry) for url, entry in records.items()}}
     temporary = file.with_name(file.name + ".new")
-    with temporary.open("w", encoding="utf-8", newline="\n") as output:
-        output.write(json.dumps(content, indent=2, sort_keys=True) + "\n")
-        output.flush()
-        os.fsync(output.fileno())
-    rename(temporary, file)
+    try:
+        with temporary.open("w", encoding="utf-8", newline="\n") as output:
+            output.write(json.dumps(content, indent=2, sort_keys=True) + "\n")
+            output.flush()
+            os.fsync(output.fileno())
+        rename(temporary, file)
+    finally:
+        temporary.unlink(missing_ok=True)
