@@ -197,6 +197,7 @@ def test_every_fault_ends_in_the_right_file_or_a_clear_error(fault, known, cache
             assert path.read_bytes() == outcome
             assert fetch(weight, "toy") == path
             assert weights(cache) == [path]
+            assert server.requests.count("/x.pth") == len(fault.replies)
         else:
             with pytest.raises(CheckpointError, match=outcome) as caught:
                 fetch(weight, "toy.tag")
