@@ -3,7 +3,7 @@
     python tests/download_storm.py [--rounds 20] [--processes 8]
 
 Every round has an empty cache and new random weights of nat_atto, on a server on loopback that
-takes about two seconds to send them. All processes start together; once a tenth to nine tenths of
+takes about two seconds to send them. All processes start together; once a tenth to eight tenths of
 the file are there, one is killed with SIGKILL: by turns the one that downloads and one that waits.
 In every second pair of rounds the file's sha256 is known beforehand. Each survivor must end with
 exactly the right weights in its model, and the cache with exactly the right file and no part; the
@@ -40,7 +40,7 @@ from vitarium.checkpoints import Weight, download, fetch, load
 
 _SECONDS = 2.0  # that one whole body takes
 _STEP = 1 << 16
-_KILLED_AT = (0.1, 0.7, 0.3, 0.9, 0.5)  # of the body, four rounds each
+_KILLED_AT = (0.1, 0.7, 0.3, 0.8, 0.5)  # of the body, four rounds each
 _PATIENCE = 60.0  # seconds for any one thing to happen
 
 _fork = multiprocessing.get_context("fork")  # children have all modules, and import nothing
