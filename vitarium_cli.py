@@ -176,6 +176,12 @@ def _download_arguments(parser: argparse.ArgumentParser) -> None:
         help="names and globs of `vitarium list`, e.g. nat_tiny 'dinat_*.shi_in1k'",
     )
     parser.add_argument(
+        "--task",
+        choices=("cls", "det", "seg", "all"),
+        default="cls",
+        help="what globs mean: classifiers (default), detectors, segmenters or all",
+    )
+    parser.add_argument(
         "--file", metavar="FILE", help="put this local file into the cache as NAME, once checked"
     )
     parser.add_argument(

@@ -64,6 +64,14 @@ def test_globs_skip_what_no_program_can_fetch_but_say_so(server, program):
     assert program("download", "toy_h*", "toy_tiny").status == 0
 
 
+@pytest.mark.parametrize("task", ["det", "all"])
+def test_globs_mean_detectors_where_that_is_asked_for(task, server, program):
+    status, out, err = program("download", "toy_*.d*", "--task", task)
+    assert (status, out) == (1, "")
+    assert err.startswith("vitarium: error: toy_tiny.det: cannot be downloaded. http://127.0.0.1")
+    assert server.requests == ["/gone.pth"]
+
+
 @pytest.mark.parametrize(
     ("name", "line"),
     [
@@ -72,9 +80,9 @@ def test_globs_skip_what_no_program_can_fetch_but_say_so(server, program):
         ("toy_atto", "toy_atto: no weights are known"),
         ("toy_tinny", "unknown model 'toy_tinny'; did you mean toy_tiny"),
         ("toy_tiny.in1", "unknown model 'toy_tiny.in1'; did you mean toy_tiny.in1k"),
-        ("toy_s*", "no weights match 'toy_s*'; did you mean toy_"),
+        ("toy_s*", "no weights match 'toy_s*' (--task cls); did you mean toy_"),
         ("toy_tiny.det", "toy_tiny.det: cannot be downloaded. http://127.0.0.1"),
-        ("toy_*.det", "toy_tiny.det: cannot be downloaded. http://127.0.0.1"),
+        ("toy_*.det", "no weights match 'toy_*.det' (--task cls); did you mean toy_tiny.det"),
     ],
 )
 def test_a_failure_is_one_line_and_the_others_are_done(name, line, server, program):
@@ -123,7 +131,7 @@ def test_progress_is_shown_on_a_terminal_unless_quiet(quiet, shown, server, prog
 def test_every_entry_of_the_zoo_has_weights_that_it_knows():
     weights = tool._weights()
     assert weights["nat_tiny.shi_in1k"].url
-    assert tool._matching("nat_tiny", weights) == ["nat_tiny.shi_in1k"]
+    assert tool._matching("nat_tiny", weights, "cls") == ["nat_tiny.shi_in1k"]
     for name, weight in weights.items():
         assert isinstance(weight, Weight)
-        assert tool._matching(name, weights) == [name]
+        assert tool._matching(name, weights, "cls") == [name]

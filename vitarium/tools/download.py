@@ -33,7 +33,7 @@ def run(args: Namespace) -> int:
     done: set[str] = set()
     for pattern in args.names:
         try:
-            names = _matching(pattern, weights)
+            names = _matching(pattern, weights, args.task)
         except ValueError as error:
             _complain(str(error))
             failed = True
@@ -53,8 +53,10 @@ def _weights() -> dict[str, Weight]:
     }
 
 
-def _matching(pattern: str, weights: Mapping[str, Weight]) -> Sequence[str]:
-    """Names of the weight files that a name or glob means; an entry means its default tag.
+def _matching(pattern: str, weights: Mapping[str, Weight], task: str) -> Sequence[str]:
+    """Names of the weight files that a name, or a glob among those of a task, means.
+
+    An entry means its default tag.
 
     Raises:
         ValueError: none.
@@ -67,9 +69,12 @@ def _matching(pattern: str, weights: Mapping[str, Weight]) -> Sequence[str]:
         if known[pattern] not in weights:
             raise ValueError(f"{pattern}: no weights are known")
         return [known[pattern]]
-    found = [known[name] for name in known if fnmatchcase(name, pattern) and known[name] in weights]
+    chosen = {n: w for n, w in weights.items() if task in (w.task, "all")}
+    found = [known[name] for name in known if fnmatchcase(name, pattern) and known[name] in chosen]
     if not found:
-        raise ValueError(f"no weights match {pattern!r}{did_you_mean(pattern, known)}")
+        raise ValueError(
+            f"no weights match {pattern!r} (--task {task}){did_you_mean(pattern, known)}"
+        )
     return found
 
 
