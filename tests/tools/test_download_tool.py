@@ -62,6 +62,7 @@ def test_globs_skip_what_no_program_can_fetch_but_say_so(server, program):
     assert "`vitarium download toy_large.in1k --file FILE`" in manual
     assert unreleased == "vitarium: error: toy_huge.in1k: not released: its authors lost it"
     assert program("download", "toy_h*", "toy_tiny").status == 0
+    assert program("download", "toy_h*", "toy_huge").status == 1
 
 
 @pytest.mark.parametrize("task", ["det", "all"])

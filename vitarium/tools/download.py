@@ -30,7 +30,7 @@ def run(args: Namespace) -> int:
     if args.file is not None and (len(args.names) != 1 or _is_glob(args.names[0])):
         raise ValueError(f"--file: expected one name with it, got {' '.join(args.names)}")
     failed = False
-    done: set[str] = set()
+    needed: dict[str, bool] = {}  # whether it is a failure not to get it
     for pattern in args.names:
         try:
             names = _matching(pattern, weights, args.task)
@@ -39,10 +39,10 @@ def run(args: Namespace) -> int:
             failed = True
             continue
         for name in names:
-            if name not in done:
-                done.add(name)
-                wanted = not _is_glob(pattern) or bool(weights[name].addresses)
-                failed |= not _got(weights[name], name, args) and wanted
+            fetchable = weights[name].manual is None and weights[name].unreleased is None
+            needed[name] = needed.get(name, False) or fetchable or not _is_glob(pattern)
+    for name, counts in needed.items():
+        failed |= not _got(weights[name], name, args) and counts
     return int(failed)
 
 
