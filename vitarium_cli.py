@@ -136,6 +136,7 @@ def _parser() -> argparse.ArgumentParser:
 
     _list_arguments(command("list", "the models of the zoo"))
     _info_arguments(command("info", "all that is known about one model"))
+    _download_arguments(command("download", "weights into the cache, verified"))
     _predict_arguments(command("predict", "classify images"))
     _picture_arguments(command("features", "picture a model's feature pyramid of an image"))
     _visualize_arguments(command("visualize", "picture what a pixel attends to, NAT and DiNAT"))
@@ -174,6 +175,35 @@ def _list_arguments(parser: argparse.ArgumentParser) -> None:
 def _info_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="NAME[.TAG]", help="a model that `vitarium list` prints")
     parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def _download_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "names",
+        nargs="+",
+        metavar="NAME",
+        help="names and globs of `vitarium list`, e.g. nat_tiny 'dinat_*.shi_in1k'",
+    )
+    parser.add_argument(
+        "--task",
+        choices=("cls", "det", "seg", "all"),
+        default="cls",
+        help="what globs mean: classifiers (default), detectors, segmenters or all",
+    )
+    parser.add_argument(
+        "--file", metavar="FILE", help="put this local file into the cache as NAME, once checked"
+    )
+    parser.add_argument(
+        "--cache-dir",
+        metavar="DIR",
+        help="(default: in torch.hub's folder, which TORCH_HOME moves)",
+    )
+    parser.add_argument(
+        "--lock",
+        metavar="FILE",
+        help="record sizes and hashes here too, and hold downloads to it (default: VITARIUM_LOCK)",
+    )
+    parser.add_argument("--quiet", action="store_true", help="no progress bar on a terminal either")
 
 
 def _predict_arguments(parser: argparse.ArgumentParser) -> None:

@@ -5,9 +5,18 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import os
+import signal
+import subprocess
+import sys
 import threading
-from collections.abc import Iterator
+import time
+import warnings
+from dataclasses import replace
+from email.utils import formatdate
 from pathlib import Path
+from typing import NamedTuple
+from unittest.mock import ANY
 
 import pytest
 import timm
@@ -15,32 +24,41 @@ import torch
 from safetensors.torch import save
 from servers import Reply, Server
 
-from vitarium.checkpoints import CheckpointError, Weight, download, fetch
+from vitarium.checkpoints import CheckpointError, Weight, download, fetch, transport
+
+pytestmark = [
+    pytest.mark.usefixtures("cache"),
+    pytest.mark.filterwarnings("ignore:.*no licence is stated"),
+]
 
 DATA = save({"a.weight": torch.arange(5000.0)})
 SHA256 = hashlib.sha256(DATA).hexdigest()
 OTHER = save({"a.weight": torch.arange(5000.0) + 1})
+LONGER = save({"a.weight": torch.arange(6000.0)})
 FLIPPED = DATA[:-9] + bytes([DATA[-9] ^ 1]) + DATA[-8:]
 PAGE = b"<!DOCTYPE html><html><body>Sign in to continue</body></html>"
+KNOWN = {"size": len(DATA), "sha256": SHA256}
 
+ENV = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent), "OMP_NUM_THREADS": "1"}
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """An empty cache of one's own, no waiting, and nothing but the file in it afterwards."""
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
-    for variable in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
-        monkeypatch.delenv(variable, raising=False)
-    monkeypatch.setattr(download, "_PAUSES", (0.0, 0.0))
-    monkeypatch.setattr(download, "_TIMEOUT", 5.0)
-    folder = tmp_path / "torch" / "hub" / "checkpoints" / "vitarium"
-    yield folder
-    assert not list(folder.glob("*.part"))
+FINE = Reply(DATA, ranges=True, headers={"ETag": '"1"'})
+CUT = replace(FINE, cut=9000)
+REST = "bytes=9000-"
 
 
 def weights(folder: Path) -> list[Path]:
     """Files in the cache that would be loaded."""
-    return [path for path in folder.glob("*") if path.suffix not in (".lock", ".json", ".bad")]
+    others = (".lock", ".json", ".bad", ".part")
+    return [path for path in folder.glob("*") if path.suffix not in others]
+
+
+def taken(folder: Path) -> bytes:
+    """What the one part in the cache holds; it is removed, with its record."""
+    (part,) = folder.glob("*.part")
+    content = part.read_bytes()
+    part.unlink()
+    part.with_name(part.name + ".json").unlink()
+    return content
 
 
 def test_a_file_is_downloaded_once_and_then_found_without_a_network(cache, monkeypatch):
@@ -53,68 +71,330 @@ def test_a_file_is_downloaded_once_and_then_found_without_a_network(cache, monke
         assert path.read_bytes() == DATA
         assert fetch(weight, "toy.tag") == path
         assert server.requests == ["/a/x.safetensors"]
-    monkeypatch.setattr(download.urllib.request, "build_opener", None)
+    monkeypatch.setattr(transport.urllib.request, "build_opener", None)
     assert fetch(weight, "toy.tag") == path
 
 
+class Fault(NamedTuple):
+    """What a server answers in turn, and what must come of it: the file's bytes or an error.
+
+    ``second`` is the Range header of the second request; both come with and without a known hash.
+    """
+
+    replies: list[Reply]
+    known: bytes | str = DATA
+    unknown: bytes | str = DATA
+    second: tuple[str | None, str | None] = (None, None)
+
+
+def both(error: str, *replies: Reply) -> Fault:
+    return Fault(list(replies), error, error)
+
+
+def redirect(location: str) -> Reply:
+    return Reply(PAGE, status=302, headers={"Location": location})
+
+
+def part_of(body: bytes, start: int, total: int, **headers: str) -> Reply:
+    content_range = f"bytes {start}-{total - 1}/{total}"
+    return Reply(body[start:], 206, {"Content-Range": content_range, **headers})
+
+
 FAULTS = {
-    "truncated": Reply(DATA[:9000], announce=len(DATA)),
-    "reset": Reply(DATA[:9000], announce=len(DATA), end="reset"),
-    "nothing at all": Reply(b"", announce=len(DATA)),
-    "500": Reply(b"oops", status=500),
-    "503": Reply(b"busy", status=503, headers={"Retry-After": "0"}),
-    "429": Reply(b"slow down", status=429),
+    "truncated": Fault([CUT, FINE], second=(REST, REST)),
+    "truncated twice": Fault([CUT, CUT, FINE], second=(REST, REST)),
+    "truncated, no validator": Fault([replace(CUT, headers={}), FINE], second=(REST, None)),
+    "truncated, weak validator": Fault(
+        [replace(CUT, headers={"ETag": 'W/"1"'}), FINE], second=(REST, None)
+    ),
+    "reset": Fault([replace(CUT, end="reset"), FINE], second=(ANY, ANY)),
+    "stall": Fault([replace(CUT, end="stall"), FINE], second=(REST, REST)),
+    "trickle": Fault([replace(CUT, step=1, pause=0.01), FINE], second=(ANY, ANY)),
+    "no byte": Fault([replace(FINE, cut=0), FINE]),
+    "announced too long": Fault(
+        [replace(FINE, announce=len(DATA) + 1)] * 7,
+        r"expected 20080 bytes, got 20081",
+        r"ended after 20080 of 20081 bytes \(4 attempts\)",
+        second=(ANY, "bytes=20080-"),
+    ),
+    "announced too short": Fault(
+        [replace(FINE, announce=9000)], "expected 20080 bytes, got 9000", "truncated"
+    ),
+    "wrong length": Fault([Reply(LONGER)], "expected 20080 bytes, got 24080", LONGER),
+    "wrong length, unannounced": Fault(
+        [Reply(LONGER, announce="nothing")], "more than the expected 20080 bytes", LONGER
+    ),
+    "truncated, unannounced": Fault(
+        [Reply(DATA[:9000], announce="nothing")] * 4,
+        r"ended after 9000 of 20080 bytes \(4 attempts\)",
+        "truncated",
+        second=(REST, None),
+    ),
+    "wrong bytes": Fault([Reply(FLIPPED)], "wrong file: expected sha256", FLIPPED),
+    "404": both("HTTP 404", Reply(b"gone", status=404)),
+    "403": both("HTTP 403", Reply(b"no", status=403)),
+    "204": both("HTTP 204", Reply(status=204)),
+    "206 unasked": both("HTTP 206", Reply(DATA, status=206)),
+    "429, then fine": Fault([Reply(b"slow down", status=429), FINE]),
+    "500, then fine": Fault([Reply(b"oops", status=500), FINE]),
+    "500 for ever": both(r"HTTP 500 .*\(4 attempts\)", *[Reply(b"oops", status=500)] * 4),
+    "redirected": Fault([redirect("/y.pth")]),
+    "redirected in a circle": both("redirects more than 10 times", *[redirect("/x.pth")] * 10),
+    "redirected to a file": both("file:///x, which is not followed", redirect("file:///x")),
+    "redirected to ftp": both("ftp://127.0.0.1/x, which is not", redirect("ftp://127.0.0.1/x")),
+    "redirected nowhere": both("no address", redirect("http://[")),
+    "redirected to no host": both("is no address", redirect("http://a..b/x")),
+    "HTML page": both("web page", Reply(PAGE)),
+    "HTML page, long": both("web page", Reply(PAGE * 100)),
+    "HTML page, unannounced": both("web page", Reply(PAGE, announce="nothing")),
+    "HTML page, truncated": both("web page", Reply(PAGE, announce=len(DATA))),
+    "HTML page after a part": Fault([CUT, Reply(PAGE)], "web page", "web page", (REST, REST)),
+    "JSON": both("JSON", Reply(b'{"message": "rate limit"}')),
+    "empty": both("empty", Reply(b"")),
+    "encoded": both("encoded as 'gzip'", replace(FINE, headers={"Content-Encoding": "gzip"})),
+    "range ignored": Fault([CUT, replace(FINE, ranges=False)], second=(REST, REST)),
+    "range refused": Fault([CUT, Reply(status=416), FINE], second=(REST, REST)),
+    "wrong range": Fault(
+        [CUT, part_of(DATA, 8000, len(DATA), ETag='"1"'), FINE], second=(REST, REST)
+    ),
+    "range of another place": Fault(
+        [
+            CUT,
+            Reply(DATA[9000:], 206, {"Content-Range": "bytes 8000-20079/20080", "ETag": '"1"'}),
+            FINE,
+        ],
+        second=(REST, REST),
+    ),
+    "range without its place": Fault([CUT, Reply(DATA[9000:], 206), FINE], second=(REST, REST)),
+    "range of another length": Fault(
+        [CUT, part_of(DATA + b"x", 9000, len(DATA) + 1, ETag='"1"'), FINE], second=(REST, REST)
+    ),
+    "changed meanwhile": Fault(
+        [replace(CUT, body=OTHER, headers={"ETag": '"0"'}), FINE], second=(REST, REST)
+    ),
+    "changed meanwhile, If-Range ignored": Fault(
+        [
+            replace(CUT, body=OTHER, headers={"ETag": '"0"'}),
+            part_of(DATA, 9000, len(DATA), ETag='"1"'),
+            FINE,
+        ],
+        second=(REST, REST),
+    ),
 }
 
 
+@pytest.mark.parametrize("known", [True, False], ids=["sha256", "no sha256"])
 @pytest.mark.parametrize("fault", FAULTS.values(), ids=FAULTS.keys())
-def test_a_passing_fault_is_retried(fault):
-    with Server({"/x.pth": [fault, fault, Reply(DATA)]}) as server:
-        path = fetch(Weight(url=server.url("/x.pth"), sha256=SHA256), "toy")
-        assert path.read_bytes() == DATA
-        assert len(server.requests) == 3
+def test_every_fault_ends_in_the_right_file_or_a_clear_error(fault, known, cache, monkeypatch):
+    monkeypatch.setattr(transport, "_TIMEOUT", 0.3)
+    monkeypatch.setattr(transport, "_WINDOW", 0.2)
+    outcome, second = (fault.known if known else fault.unknown), fault.second[not known]
+    too_many = Reply(b"one request too many", status=418)
+    with Server({"/x.pth": [*fault.replies, too_many], "/y.pth": FINE}) as server:
+        weight = Weight(url=server.url("/x.pth"), **(KNOWN if known else {}))
+        if isinstance(outcome, bytes):
+            path = fetch(weight, "toy")
+            assert path.read_bytes() == outcome
+            assert fetch(weight, "toy") == path
+            assert weights(cache) == [path]
+            assert server.requests.count("/x.pth") == len(fault.replies)
+        else:
+            with pytest.raises(CheckpointError, match=outcome) as caught:
+                fetch(weight, "toy.tag")
+            assert str(caught.value).startswith("toy.tag: ")
+            assert weight.url in str(caught.value)
+            assert not weights(cache)
+            if "attempts" in outcome and second is not None:
+                assert DATA.startswith(taken(cache))
+        assert server.ranges[1:2] in ([], [second])
+
+
+def test_what_a_lasting_fault_left_is_completed_by_the_next_call(cache):
+    with Server({"/x.pth": [CUT, *[Reply(status=500)] * 3, FINE]}) as server:
+        weight = Weight(url=server.url("/x.pth"))
+        with pytest.raises(CheckpointError, match=r"HTTP 500 .*\(4 attempts\)"):
+            fetch(weight, "toy")
+        assert not weights(cache)
+        assert fetch(weight, "toy").read_bytes() == DATA
+        assert server.ranges == [None, *[REST] * 4]
+        assert server.headers[-1]["If-Range"] == '"1"'
+        assert server.headers[0]["Accept-Encoding"] == "identity"
+
+
+def test_what_an_interrupt_left_is_completed_by_the_next_call(cache, monkeypatch):
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    moments = (
+        "vitarium.checkpoints.progress.Meter.advance",  # one chunk is written
+        "vitarium.checkpoints.lock.record",  # the part is complete
+    )
+    with Server({"/x.pth": [replace(FINE, step=9000, pause=0.1), FINE]}) as server:
+        weight = Weight(url=server.url("/x.pth"))
+        for moment in moments:
+            with monkeypatch.context() as patch:
+                patch.setattr(moment, interrupted)
+                with pytest.raises(KeyboardInterrupt):
+                    fetch(weight, "toy")
+            assert not weights(cache)
+        assert fetch(weight, "toy").read_bytes() == DATA
+        first, second, third = server.ranges
+        assert first is None
+        assert 0 < int(second[len("bytes=") : -1]) <= 9000
+        assert third == f"bytes={len(DATA) - 1}-"
+
+
+KILLED = """
+import sys, threading
+from vitarium.checkpoints import Weight, fetch, transport
+transport._SYNC = 0.0
+urls, sha256 = sys.argv[1:3], sys.argv[3]
+weights = {"known": Weight(urls[0], sha256=sha256), "unknown": Weight(urls[1])}
+for name, weight in weights.items():
+    threading.Thread(target=fetch, args=(weight, name)).start()
+"""
+
+
+def test_what_a_killed_process_left_is_completed_by_the_next(cache):
+    slow = replace(FINE, step=1000, pause=0.1)
+    with Server({"/known.pth": [slow, FINE], "/unknown.pth": [slow, FINE]}) as server:
+        urls = [server.url("/known.pth"), server.url("/unknown.pth")]
+        child = subprocess.Popen(
+            [sys.executable, "-c", KILLED, *urls, SHA256],
+            env=ENV | {"TORCH_HOME": os.environ["TORCH_HOME"]},
+        )
+        deadline = time.monotonic() + 60
+        while len(grown(cache)) < 2 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        child.send_signal(signal.SIGKILL)
+        assert child.wait() == -signal.SIGKILL
+        assert not weights(cache)
+        for name, url in zip(("known", "unknown"), urls, strict=True):
+            weight = Weight(url=url, sha256=SHA256 if name == "known" else None)
+            assert fetch(weight, name).read_bytes() == DATA
+            start = int(server.ranges[-1].removeprefix("bytes=").removesuffix("-"))
+            assert 1000 <= start < len(DATA)
+        assert len(server.requests) == 4
+
+
+def grown(folder: Path) -> list[Path]:
+    """Parts that hold more than their record promises at first."""
+    records = [json.loads(path.read_text()) for path in folder.glob("*.part.json")]
+    return [record for record in records if record["synced"] >= 1000]
+
+
+def test_a_bad_end_of_a_resumed_file_is_downloaded_once_more_from_the_start(cache):
+    lying = replace(CUT, body=OTHER)
+    with Server({"/x.pth": [lying, FINE, FINE]}) as server:
+        weight = Weight(url=server.url("/x.pth"), **KNOWN)
+        assert fetch(weight, "toy").read_bytes() == DATA
+        assert server.ranges == [None, REST, None]
+    with Server({"/y.pth": [CUT, *[replace(FINE, body=OTHER)] * 2]}) as server:
+        with pytest.raises(CheckpointError, match="expected sha256"):
+            fetch(Weight(url=server.url("/y.pth"), **KNOWN), "toy")
+        assert server.ranges == [None, REST, None]
 
 
 @pytest.mark.parametrize("known", [True, False], ids=["sha256", "no sha256"])
+def test_a_mirror_completes_a_part_only_where_the_hash_is_known(known):
+    with Server({"/a.pth": [CUT, Reply(status=500)], "/b.pth": FINE}) as server:
+        weight = Weight(
+            url=server.url("/a.pth"),
+            mirrors=(server.url("/b.pth"),),
+            sha256=SHA256 if known else None,
+        )
+        assert fetch(weight, "toy").read_bytes() == DATA
+        assert server.requests == ["/a.pth"] * 4 + ["/b.pth"]
+        assert server.ranges[-1] == (REST if known else None)
+        assert "If-Range" not in server.headers[-1]
+
+
+@pytest.mark.parametrize(("age", "second"), [(3600, REST), (1, None)])
+def test_a_date_is_a_validator_once_it_has_settled(age, second):
+    dated = {"Last-Modified": formatdate(time.time() - age, usegmt=True)}
+    replies = [replace(CUT, headers=dated), replace(FINE, headers=dated)]
+    with Server({"/x.pth": replies}) as server:
+        assert fetch(Weight(url=server.url("/x.pth")), "toy").read_bytes() == DATA
+        assert server.ranges == [None, second]
+        assert server.headers[-1].get("If-Range") == (dated["Last-Modified"] if second else None)
+
+
+@pytest.mark.parametrize("damage", ["", "{", "[]", '{"url": 1}', "no file"])
+def test_a_part_without_a_good_record_is_started_again(damage, cache):
+    with Server({"/x.pth": [CUT, *[Reply(status=500)] * 3, FINE]}) as server:
+        weight = Weight(url=server.url("/x.pth"))
+        with pytest.raises(CheckpointError):
+            fetch(weight, "toy")
+        (record,) = cache.glob("*.part.json")
+        if damage == "no file":
+            record.unlink()
+        else:
+            record.write_text(damage)
+        assert fetch(weight, "toy").read_bytes() == DATA
+        assert server.ranges[-1] is None
+
+
+def test_bytes_that_may_not_have_reached_the_disk_are_asked_for_again(cache):
+    with Server({"/x.pth": [CUT, *[Reply(status=500)] * 3, FINE]}) as server:
+        weight = Weight(url=server.url("/x.pth"))
+        with pytest.raises(CheckpointError):
+            fetch(weight, "toy")
+        (part,) = cache.glob("*.part")
+        with part.open("ab") as file:
+            file.write(bytes(len(DATA)))  # as after a power cut
+        assert fetch(weight, "toy").read_bytes() == DATA
+        assert server.ranges[-1] == REST
+
+
+def test_attempts_count_anew_after_a_stride(monkeypatch):
+    monkeypatch.setattr(transport, "_STRIDE", 2000)
+    with Server({"/x.pth": replace(FINE, cut=2000)}) as server:
+        assert fetch(Weight(url=server.url("/x.pth")), "toy").read_bytes() == DATA
+        assert server.ranges == [None, *[f"bytes={start}-" for start in range(2000, 20080, 2000)]]
+
+
 @pytest.mark.parametrize(
-    ("reply", "message", "attempts"),
+    ("value", "least", "most"),
     [
-        (FAULTS["truncated"], r"ended after 9000 of \d+ bytes \(3 attempts\)", 3),
-        (FAULTS["reset"], "3 attempts", 3),
-        (FAULTS["500"], "HTTP 500", 3),
-        (Reply(b"gone", status=404), "HTTP 404", 1),
-        (Reply(b"no", status=403), "HTTP 403", 1),
-        (Reply(PAGE), "web page", 1),
-        (Reply(PAGE * 100, headers={"Content-Type": "text/html"}), "web page", 1),
-        (Reply(b'{"message": "rate limit"}'), "JSON", 1),
-        (Reply(b""), "empty", 1),
-        (Reply(DATA[:9000], announce="nothing"), r"truncated|ended after", None),
-        (Reply(status=302, headers={"Location": "file:///etc/hostname"}), "not allowed", 1),
-        (Reply(status=302, headers={"Location": "ftp://127.0.0.1/x"}), "not followed", 1),
-        (Reply(status=302, headers={"Location": "/x.pth"}), "HTTP 302", None),
+        ("7", 7, 7),
+        ("9" * 400, 60, 60),
+        (lambda: formatdate(time.time() + 30, usegmt=True), 28, 30),
+        (lambda: formatdate(time.time() - 30, usegmt=True), 0.7, 1.3),
+        ("soon", 0.7, 1.3),
     ],
 )
-def test_a_lasting_fault_is_a_clear_error_and_leaves_no_file(
-    reply, message, attempts, known, cache
-):
-    with Server({"/x.pth": reply}) as server:
-        known_size = {"size": len(DATA), "sha256": SHA256} if known else {}
-        weight = Weight(url=server.url("/x.pth"), **known_size)
-        with pytest.raises(CheckpointError, match=message) as caught:
-            fetch(weight, "toy.tag")
-        assert attempts in (None, len(server.requests))
-    assert "toy.tag" in str(caught.value)
-    assert server.url("/x.pth") in str(caught.value)
-    assert not weights(cache)
+def test_pauses_grow_and_a_server_may_ask_for_more(value, least, most, monkeypatch):
+    pauses = []
+    monkeypatch.setattr(transport, "_PAUSES", (1.0, 2.0, 4.0))
+    monkeypatch.setattr(transport.time, "sleep", pauses.append)
+    headers = {"Retry-After": value() if callable(value) else value}
+    busy = Reply(status=503, headers=headers)
+    with Server({"/x.pth": [busy, Reply(status=500), Reply(status=500), FINE]}) as server:
+        fetch(Weight(url=server.url("/x.pth")), "toy")
+    first, second, third = pauses
+    assert least <= first <= most
+    assert 1.5 <= second <= 2.5
+    assert 3 <= third <= 5
 
 
-def test_a_server_that_stalls_is_given_up(cache, monkeypatch):
-    monkeypatch.setattr(download, "_TIMEOUT", 0.2)
-    with Server({"/x.pth": Reply(DATA[:9000], announce=len(DATA), end="stall")}) as server:
-        with pytest.raises(CheckpointError, match=r"no byte for 0\.2 seconds \(3 attempts\)"):
+@pytest.mark.parametrize(
+    ("replies", "message"),
+    [
+        (replace(CUT, end="stall"), r"no byte for 0\.2 seconds"),
+        (replace(FINE, step=600, pause=0.1), r"too slow: \d+ bytes per second"),
+    ],
+)
+def test_a_server_that_stalls_or_trickles_is_given_up(replies, message, cache, monkeypatch):
+    monkeypatch.setattr(transport, "_TIMEOUT", 0.2)
+    monkeypatch.setattr(transport, "_WINDOW", 0.3)
+    monkeypatch.setattr(transport, "_SLOWEST", 100_000)
+    monkeypatch.setattr(transport, "_PAUSES", (0.0,))
+    with Server({"/x.pth": replies}) as server:
+        with pytest.raises(CheckpointError, match=rf"{message} \(2 attempts\)"):
             fetch(Weight(url=server.url("/x.pth")), "toy")
-        assert len(server.requests) == 3
+        assert len(server.requests) == 2
     assert not weights(cache)
+    assert DATA.startswith(taken(cache))
 
 
 @pytest.mark.parametrize(
@@ -135,6 +415,8 @@ def test_the_wrong_bytes_are_refused(body, known, message, announce, cache):
     ):
         fetch(Weight(url=server.url("/x.pth"), **known), "toy")
     assert not weights(cache)
+    if list(cache.glob("*.part")):  # an end without an announced length may be a broken connection
+        assert len(taken(cache)) < known["size"]
 
 
 def test_redirects_on_the_web_are_followed():
@@ -147,9 +429,52 @@ def test_redirects_on_the_web_are_followed():
 
 
 def test_a_redirect_never_leaves_https():
-    request = download.urllib.request.Request("https://example.org/x.pth")
+    assert transport._redirected("http://a.org/x", "https://b.org/y z") == "https://b.org/y%20z"
+    assert transport._redirected("https://a.org/x", "/y") == "https://a.org/y"
     with pytest.raises(CheckpointError, match="not followed"):
-        download._Redirects().redirect_request(request, None, 302, "", {}, "http://example.org/y")
+        transport._redirected("https://a.org/x.pth", "http://a.org/y")
+
+
+HUB = "https://huggingface.co/org/model/resolve/main/x.safetensors"
+PLACE = "/hub/org/model/resolve/main/x.safetensors"
+
+
+@pytest.mark.parametrize("where", ["redirect", "answer"])
+@pytest.mark.parametrize("stated", [SHA256, "0" * 64, SHA256[:40]])
+def test_what_the_hub_states_is_checked(stated, where, monkeypatch):
+    linked = {"X-Linked-Etag": f'"{stated}"'}
+    replies = {
+        "redirect": {
+            PLACE: Reply(status=302, headers={**linked, "Location": "/cdn/x"}),
+            "/cdn/x": FINE,
+        },
+        "answer": {PLACE: replace(FINE, headers=linked)},
+    }
+    with Server(replies[where]) as server:
+        monkeypatch.setenv("HF_ENDPOINT", server.url("/hub/"))
+        if stated == "0" * 64:
+            with pytest.raises(CheckpointError, match="the hub states sha256 0000"):
+                fetch(Weight(url=HUB), "toy")
+        else:
+            path = fetch(Weight(url=HUB), "toy")
+            assert path.read_bytes() == DATA
+            monkeypatch.delenv("HF_ENDPOINT")  # neither the cache nor the lock file depends on it
+            assert fetch(Weight(url=HUB), "toy") == path
+
+
+def test_only_the_hub_may_state_a_hash(monkeypatch):
+    linked = {"X-Linked-Etag": "0" * 64}
+    with Server({"/cdn/x": replace(FINE, headers=linked)}) as other:
+        away = Reply(status=302, headers={"Location": other.url("/cdn/x")})
+        with Server({PLACE: away}) as server:
+            monkeypatch.setenv("HF_ENDPOINT", server.url("/hub"))
+            assert fetch(Weight(url=HUB), "toy").read_bytes() == DATA
+    with Server({"/x.pth": replace(FINE, headers=linked)}) as server:
+        assert fetch(Weight(url=server.url("/x.pth")), "toy").read_bytes() == DATA
+    with Server({"/hub/x.pth": Reply(status=404)}) as server:
+        monkeypatch.setenv("HF_ENDPOINT", "ftp://example.org")
+        with pytest.raises(CheckpointError, match="HF_ENDPOINT: expected an http or https"):
+            fetch(Weight(url=HUB), "other")
 
 
 def test_proxies_are_taken_from_the_environment(monkeypatch):
@@ -187,19 +512,6 @@ def test_a_damaged_cached_file_is_set_aside_named_and_replaced(known, damage, ca
         assert len(server.requests) == 2
     assert path.read_bytes() == DATA
     assert path.with_name(path.name + ".bad").exists()
-
-
-def test_a_first_download_without_a_hash_is_recorded(cache):
-    with Server({"/x.pth": Reply(DATA)}) as server:
-        path = fetch(Weight(url=server.url("/x.pth")), "toy")
-        record = path.with_name(path.name + ".json")
-        assert json.loads(record.read_text()) == {"size": len(DATA), "sha256": SHA256}
-        assert record.parent == cache
-        for damaged in ("", "[]", "{}", '{"size": 20080, "sha256": null}'):
-            record.write_text(damaged)
-            with pytest.warns(UserWarning, match="no record tells"):
-                fetch(Weight(url=server.url("/x.pth")), "toy")
-            assert json.loads(record.read_text())["sha256"] == SHA256
 
 
 @pytest.mark.parametrize("variable", ["HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"])
@@ -242,13 +554,35 @@ def test_many_at_once_share_one_download():
     assert len(set(paths)) == 1
 
 
-def test_what_a_killed_download_left_is_written_over(cache):
-    with Server({"/x.pth": Reply(DATA)}) as server:
+def test_a_process_that_waits_says_so(cache, capsys, monkeypatch):
+    started, go_on = threading.Event(), threading.Event()
+    original = download.transfer
+
+    def transfer(*args):
+        started.set()
+        assert go_on.wait(10)
+        return original(*args)
+
+    monkeypatch.setattr(download, "transfer", transfer)
+    monkeypatch.setattr("sys.stderr.isatty", lambda: False, raising=False)
+    with Server({"/x.pth": FINE}) as server:
         weight = Weight(url=server.url("/x.pth"))
-        path = fetch(weight, "toy")
-        path.unlink()
-        path.with_name(path.name + ".part").write_bytes(DATA * 2)
-        assert fetch(weight, "toy").read_bytes() == DATA
+        threads = [threading.Thread(target=fetch, args=(weight, "toy"))]
+        threads[0].start()
+        assert started.wait(10)
+        for progress in (None, True):
+            threads.append(threading.Thread(target=fetch, args=(weight, "toy", progress)))
+            threads[-1].start()
+        deadline = time.monotonic() + 10
+        err = ""
+        while "waiting" not in err and time.monotonic() < deadline:
+            time.sleep(0.01)
+            err += capsys.readouterr().err
+        go_on.set()
+        for thread in threads:
+            thread.join()
+        assert len(server.requests) == 1
+    assert err.count("toy: waiting for another process") == 1
 
 
 @pytest.mark.parametrize(
@@ -296,9 +630,49 @@ def test_a_packaged_file_is_used_where_it_is_and_verified(tmp_path, monkeypatch)
         fetch(Weight(file="none.safetensors"), "toy")
 
 
-def test_what_no_program_can_fetch_comes_with_instructions():
-    with pytest.raises(CheckpointError, match=r"sign in at example\.org"):
-        fetch(Weight(manual="To get it, sign in at example.org"), "toy")
+def test_what_no_program_can_fetch_comes_with_instructions(cache):
+    with pytest.raises(CheckpointError, match=r"sign in at example\.org\. Then run") as caught:
+        fetch(Weight(manual="To get it, sign in at example.org."), "toy.tag")
+    assert "`vitarium download toy.tag --file FILE`" in str(caught.value)
+    assert "pretrained_cfg_overlay=dict(file=...)" in str(caught.value)
+    assert not cache.exists()
+
+
+def test_what_was_never_released_is_called_so():
+    with pytest.raises(CheckpointError, match="toy: not released: its authors lost it"):
+        fetch(Weight(unreleased="its authors lost it"), "toy")
+
+
+def test_the_cache_moves_where_it_is_told(cache, tmp_path):
+    with Server({"/x.pth": FINE}) as server:
+        path = fetch(Weight(url=server.url("/x.pth")), "toy", cache_dir=tmp_path / "mine")
+        assert path.parent == tmp_path / "mine"
+        assert (tmp_path / "mine" / "vitarium.lock.json").exists()
+        assert not cache.exists()
+
+
+@pytest.mark.parametrize(
+    ("licence", "said"),
+    [
+        ("none stated", "no licence is stated"),
+        ("CC-BY-NC-4.0", "CC-BY-NC-4.0, forbids commercial use"),
+        ("cc-by-nc-sa-4.0", "forbids commercial use"),
+        ("MIT", None),
+        ("Apache-2.0", None),
+    ],
+)
+def test_a_licence_that_withholds_something_is_said_at_the_download_only(licence, said):
+    with Server({"/x.pth": FINE}) as server, warnings.catch_warnings(record=True) as shown:
+        warnings.simplefilter("always")
+        weight = Weight(url=server.url("/x.pth"), licence=licence)
+        fetch(weight, "toy.tag")
+        fetch(weight, "toy.tag")
+    messages = [str(warning.message) for warning in shown]
+    assert len(messages) == (said is not None)
+    for warning in shown:
+        assert str(warning.message).startswith("toy.tag: ")
+        assert said in str(warning.message)
+        assert warning.filename == __file__
 
 
 def test_a_cache_that_cannot_be_written_is_a_clear_error(tmp_path, monkeypatch):
@@ -344,3 +718,12 @@ def test_a_zoo_model_is_created_from_a_url_and_then_without_a_network(cache, mon
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     loaded = create(url).state_dict()
     assert all(torch.equal(loaded[name], state[name]) for name in state)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_who_survives_a_killed_download_has_the_right_weights():
+    storm = Path(__file__).with_name("download_storm.py")
+    argv = [sys.executable, str(storm), "--rounds", "2", "--processes", "3"]
+    result = subprocess.run(argv, capture_output=True, text=True, env=ENV, check=False)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "2 of 2 rounds right: 4 of 4 survivors" in result.stdout

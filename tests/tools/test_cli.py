@@ -50,7 +50,7 @@ def test_without_a_command_it_helps(program):
     status, out, err = program()
     assert (status, err) == (2, "")
     commands = ("list", "info", "predict", "features", "visualize", "doctor", "bench", "demo")
-    for command in (*commands, "digits"):
+    for command in (*commands, "download", "digits"):
         assert re.search(rf"\n    {command}\s", out)
 
 

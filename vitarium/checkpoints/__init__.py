@@ -1,6 +1,6 @@
 """Checkpoints: find, download, verify, read, convert and load them, whole or not at all."""
 
-from vitarium.checkpoints.download import fetch
+from vitarium.checkpoints.download import adopt, fetch
 from vitarium.checkpoints.errors import CheckpointError
 from vitarium.checkpoints.files import outline, read
 from vitarium.checkpoints.loading import Report, check_fits, compare, convert, load
@@ -13,6 +13,7 @@ __all__ = [
     "Renames",
     "Report",
     "Weight",
+    "adopt",
     "check_fits",
     "compare",
     "convert",

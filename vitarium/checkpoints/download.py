@@ -1,56 +1,64 @@
-"""Weights on this machine: shipped, cached or downloaded, and verified every time."""
+"""Weights on this machine: shipped, cached, adopted or downloaded, and verified every time."""
 
 from __future__ import annotations
 
 import hashlib
-import http.client
-import json
 import os
 import shutil
 import sys
-import time
-import urllib.error
 import urllib.parse
-import urllib.request
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TypeAlias
 
 import torch.hub
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
+from vitarium.checkpoints import lock
 from vitarium.checkpoints.errors import CheckpointError
-from vitarium.checkpoints.files import KINDS, check_structure, kind_of
+from vitarium.checkpoints.files import check_structure
+from vitarium.checkpoints.parts import Part
+from vitarium.checkpoints.progress import Meter, meter, wanted
+from vitarium.checkpoints.transport import WrongFileError, endpoint_address, transfer
 from vitarium.checkpoints.weights import Weight, checked_name
+
+_PathLike: TypeAlias = str | os.PathLike[str]
 
 _PACKAGED = Path(__file__).resolve().parent.parent / "backbones" / "weights"
 _SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")
 _CHUNK = 1 << 20
-_HEAD = 512  # bytes that tell what a file is; less may be a broken connection
-_TIMEOUT = 30.0  # seconds without a byte
-_PAUSES = (0.5, 2.0)  # seconds before the second and the third attempt at one address
-_LONGEST_PAUSE = 20.0  # seconds, where a server asks for more
-_TRANSIENT = {408, 425, 429, 500, 502, 503, 504}
 
 
-def fetch(weight: Weight, name: str, progress: bool | None = None) -> Path:
+def fetch(
+    weight: Weight,
+    name: str,
+    progress: bool | None = None,
+    cache_dir: _PathLike | None = None,
+    lock_file: _PathLike | None = None,
+) -> Path:
     """A local file that holds ``weight``, verified.
 
-    A file that ships with the package is used where it is. Any other comes from the cache,
-    ``torch.hub.get_dir()/checkpoints/vitarium`` (``TORCH_HOME`` moves it), without touching the
-    network, or is downloaded into it: to a temporary name, checked for length, hash and kind,
-    and only then renamed. Size and sha256 are checked at every call; where none is published,
-    the first complete download records them in ``<file>.json``, which later calls check. A
-    cached file that fails is renamed to ``<file>.bad``. Processes that want the same file wait
-    for one download. ``HF_HUB_OFFLINE=1`` keeps everything off the network; proxies are taken
-    from the environment.
+    A file that ships with the package is used where it is. Any other comes from the cache without
+    touching the network, or is downloaded into it: to ``<file>.part``, which a later call
+    resumes, checked for length, hash and kind, and only then renamed. Size and sha256 are checked
+    at every call; where none is published, the first complete download records them in the lock
+    file, which later calls check. A cached file that fails is renamed to ``<file>.bad``. Processes
+    that want the same file wait for one download.
+
+    ``HF_ENDPOINT`` takes the place of https://huggingface.co, ``HF_HUB_OFFLINE=1`` keeps
+    everything off the network, proxies are taken from the environment.
 
     Args:
         weight: where the file is and what is known about it.
         name: the file's name in the cache, without a suffix: ``nat_tiny.shi_in1k``.
         progress: whether to show a progress bar on stderr; None means where that is a terminal.
+        cache_dir: the cache folder; None means ``torch.hub.get_dir()/checkpoints/vitarium``, which
+            ``TORCH_HOME`` moves. Its lock file is ``vitarium.lock.json``.
+        lock_file: a second lock file, which counts more; None means the one that
+            ``VITARIUM_LOCK`` names, if any.
 
     Raises:
         CheckpointError: the file cannot be had, or what came is not it; the message names the
@@ -59,72 +67,249 @@ def fetch(weight: Weight, name: str, progress: bool | None = None) -> Path:
     checked_name(name, "name")
     if weight.file is not None:
         packaged = _PACKAGED / weight.file
-        fault = _fault(packaged, weight.size, weight.sha256)
+        fault = _fault(packaged, _Expected(weight.size, weight.sha256))
         if fault is not None:
             raise CheckpointError(f"{name}: {packaged}: {fault}; install the package again")
         return packaged
-    if weight.unreleased is not None:
-        raise CheckpointError(f"{name}: not released: {weight.unreleased}")
-    if weight.url is None:
-        raise CheckpointError(
-            f"{name}: no program can fetch this file. {weight.manual}. "
-            f"Then pass it as pretrained_cfg_overlay=dict(file=...)"
+    place = _Place(weight, name, cache_dir, lock_file)
+    if place.path.exists() and place.fault() is None:
+        return place.path
+    if weight.url is None and not place.path.exists():
+        raise CheckpointError(_instructions(weight, name))
+    with place.held(progress):
+        return _replace(place, progress)
+
+
+def adopt(
+    weight: Weight,
+    name: str,
+    file: _PathLike,
+    cache_dir: _PathLike | None = None,
+    lock_file: _PathLike | None = None,
+) -> Path:
+    """Copy a local file into the cache as ``weight``; from then on `fetch` finds it there.
+
+    Args:
+        weight: what the file should be; its size and sha256 are checked where they are known,
+            published or in a lock file, and recorded there where not.
+        name: the file's name in the cache, as for `fetch`.
+        file: the local file, a checkpoint; it stays.
+        cache_dir: as for `fetch`.
+        lock_file: as for `fetch`.
+
+    Returns:
+        The file in the cache.
+
+    Raises:
+        CheckpointError: it cannot be read, is no checkpoint or not this one, or the weight has no
+            place in the cache: it ships with the package, or was never released.
+    """
+    checked_name(name, "name")
+    if weight.file is not None:
+        raise CheckpointError(f"{name}: ships with the package, and no file can take its place")
+    place = _Place(weight, name, cache_dir, lock_file)
+    source, copy = Path(file), place.path.with_name(place.path.name + ".new")
+    with place.held(progress=None):
+        try:
+            check_structure(source)
+            _copy(source, copy)
+            place.keep(copy, place.checked(copy))
+        except CheckpointError as error:
+            raise CheckpointError(f"{name}: {source}: {error}") from error
+        finally:
+            copy.unlink(missing_ok=True)
+        Part(place.path).discard()
+    place.notice(stacklevel=2)
+    return place.path
+
+
+@dataclass(frozen=True)
+class _Expected:
+    """What a file should be, and the lock file that says so, if one does."""
+
+    size: int | None
+    sha256: str | None
+    lock_file: Path | None = None
+
+    def fault(self, size: int, sha256: str | None) -> str | None:
+        """What is wrong with a file of this size and hash, or None."""
+        said = "" if self.lock_file is None else f" as {self.lock_file} records"
+        if self.size is not None and size != self.size:
+            return f"expected {self.size} bytes{said}, got {size}"
+        if self.sha256 is not None and sha256 != self.sha256:
+            return f"expected sha256 {self.sha256}{said}, got {sha256}"
+        return None
+
+
+class _Place:
+    """One file's place in the cache, its lock and its records."""
+
+    def __init__(
+        self, weight: Weight, name: str, cache_dir: _PathLike | None, lock_file: _PathLike | None
+    ) -> None:
+        if weight.unreleased is not None:
+            raise CheckpointError(f"{name}: not released: {weight.unreleased}")
+        folder = (
+            Path(torch.hub.get_dir()) / "checkpoints" / "vitarium"
+            if cache_dir is None
+            else Path(cache_dir)
         )
-    path = _cache_path(weight.url, name)
-    if path.exists() and _cached_fault(path, weight) is None:
-        return path
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{path}.lock"):
-            return _replace(path, weight, name, progress)
-    except OSError as error:
-        raise CheckpointError(
-            f"{name}: cannot write to the cache {path.parent}: {error}"
-        ) from error
+        self.weight = weight
+        self.name = name
+        # Another address never takes this one's place; what has none goes by its name alone.
+        self.key = f"manual:{name}" if weight.url is None else weight.url
+        digest = hashlib.sha256(self.key.encode()).hexdigest()[:8]
+        suffix = Path(urllib.parse.urlsplit(weight.url or "").path).suffix.lower()
+        self.path = folder / f"{name}-{digest}{suffix if suffix in _SUFFIXES else ''}"
+        self.lock_files = lock.lock_files(folder, lock_file)
+
+    def expected(self) -> _Expected:
+        """What is published counts most, then the user's lock file, then the cache's."""
+        weight = self.weight
+        if weight.sha256 is not None:
+            return _Expected(weight.size, weight.sha256)
+        found = lock.find(self.key, self.lock_files)
+        if found is None:
+            return _Expected(weight.size, None)
+        recorded, file = found
+        return _Expected(weight.size or recorded.size, recorded.sha256, file)
+
+    def fault(self) -> str | None:
+        """What is wrong with the cached file, or None."""
+        expected = self.expected()
+        if expected.sha256 is None:
+            return "no record tells which bytes it should hold"
+        fault = _fault(self.path, expected)
+        if fault is None and expected.size is not None:
+            self._record(expected.size, expected.sha256)
+        return fault
+
+    def checked(self, file: Path, linked: str | None = None) -> str:
+        """The sha256 of a file that is to be kept here.
+
+        Args:
+            file: complete, under a temporary name.
+            linked: its sha256 as the Hugging Face hub states it, if it does.
+
+        Raises:
+            CheckpointError: it is no checkpoint, or not the one that is expected.
+        """
+        check_structure(file)
+        expected, digest = self.expected(), _sha256(file)
+        fault = expected.fault(file.stat().st_size, digest)
+        if fault is not None and expected.lock_file is not None:
+            fault += "; if it was replaced on purpose, remove its entry there"
+        if expected.sha256 is None and linked not in (None, digest):
+            fault = f"the hub states sha256 {linked}, got {digest}"
+        if fault is not None:
+            raise CheckpointError(f"the wrong file: {fault}")
+        return digest
+
+    def keep(self, file: Path, sha256: str) -> None:
+        """Give a checked file its place."""
+        self._record(file.stat().st_size, sha256)
+        lock.rename(file, self.path)
+
+    def _record(self, size: int, sha256: str) -> None:
+        if self.weight.sha256 is None:
+            lock.record(self.key, lock.Record(self.name, size, sha256), self.lock_files)
+
+    def set_aside(self, fault: str) -> str:
+        """Rename the cached file; returns what to say about it."""
+        bad = self.path.with_name(self.path.name + ".bad")
+        os.replace(self.path, bad)
+        return f"; the cached file was bad ({fault}) and is now {bad}"
+
+    @contextmanager
+    def held(self, progress: bool | None) -> Iterator[None]:
+        """Keep other processes from downloading it; those that wait say so."""
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            held = FileLock(f"{self.path}.lock")
+            try:
+                held.acquire(timeout=0)
+            except Timeout:
+                if wanted(progress):
+                    print(f"{self.name}: waiting for another process' download", file=sys.stderr)
+                held.acquire()
+            try:
+                yield
+            finally:
+                held.release()
+        except OSError as error:
+            raise CheckpointError(
+                f"{self.name}: cannot write to the cache {self.path.parent}: {error}"
+            ) from error
+
+    def notice(self, stacklevel: int) -> None:
+        """Tell whoever has just got the file what its licence withholds."""
+        if self.weight.notice is not None:
+            warnings.warn(f"{self.name}: {self.weight.notice}", stacklevel=stacklevel + 1)
 
 
-def _cache_path(url: str, name: str) -> Path:
-    """Where the cache holds this address's file; another address never takes its place."""
-    suffix = Path(urllib.parse.urlsplit(url).path).suffix.lower()
-    digest = hashlib.sha256(url.encode()).hexdigest()[:8]
-    folder = Path(torch.hub.get_dir()) / "checkpoints" / "vitarium"
-    return folder / f"{name}-{digest}{suffix if suffix in _SUFFIXES else ''}"
+def _instructions(weight: Weight, name: str) -> str:
+    return (
+        f"{name}: no program can fetch this file. {(weight.manual or '').rstrip('. ')}. Then run "
+        f"`vitarium download {name} --file FILE`, or pass it as "
+        f"pretrained_cfg_overlay=dict(file=...)"
+    )
 
 
-def _replace(path: Path, weight: Weight, name: str, progress: bool | None) -> Path:
+def _replace(place: _Place, progress: bool | None) -> Path:
     """With the lock held: use what another process has just downloaded, or download."""
+    weight, name, path = place.weight, place.name, place.path
     aside = ""
     if path.exists():
-        fault = _cached_fault(path, weight)
+        fault = place.fault()
         if fault is None:
             return path
-        bad = path.with_name(path.name + ".bad")
-        os.replace(path, bad)
-        aside = f"; the cached file was bad ({fault}) and is now {bad}"
+        aside = place.set_aside(fault)
+    if weight.url is None:
+        raise CheckpointError(f"{_instructions(weight, name)}{aside}")
     offline = _offline()
     if offline is not None:
         raise CheckpointError(
             f"{name}: not in the cache ({path}), and {offline} forbids a download{aside}"
         )
-    part = path.with_name(path.name + ".part")
+    expected, part, failures = place.expected(), Part(path), []
     try:
-        failures = []
-        for url in weight.addresses:
-            try:
-                _download(url, part, weight, name, progress)
-                break
-            except CheckpointError as error:
-                failures.append(f"{url}: {error}")
-        else:
-            raise CheckpointError(f"{name}: cannot be downloaded{aside}. {'; '.join(failures)}")
-        if weight.sha256 is None:
-            _record(path, part)
-        os.replace(part, path)
+        with meter(name, progress) as shown:
+            for url in weight.addresses:
+                try:
+                    digest = _download(url, part, place, expected, shown)
+                    break
+                except CheckpointError as error:
+                    failures.append(f"{endpoint_address(url)}: {error}")
+            else:
+                raise CheckpointError(f"{name}: cannot be downloaded{aside}. {'; '.join(failures)}")
+        place.keep(part.path, digest)
     finally:
-        part.unlink(missing_ok=True)
+        hashed = expected.sha256 is not None
+        addresses = map(endpoint_address, weight.addresses)
+        if not any(part.resumable(address, expected.size, hashed) for address in addresses):
+            part.discard()
     if aside:
         warnings.warn(f"{name}: downloaded anew{aside}", stacklevel=3)
+    place.notice(stacklevel=3)
     return path
+
+
+def _download(url: str, part: Part, place: _Place, expected: _Expected, shown: Meter) -> str:
+    """Complete the part from one address and check what came; returns its sha256."""
+    for last in (False, True):
+        try:
+            arrival = transfer(url, part, expected.size, expected.sha256 is not None, shown)
+        except WrongFileError:
+            part.discard()
+            raise
+        try:
+            return place.checked(part.path, arrival.sha256)
+        except CheckpointError:
+            part.discard()
+            # The fault may be in the bytes that were there before: once more, from the start.
+            if last or not arrival.resumed:
+                raise
+    raise AssertionError("unreachable")
 
 
 def _offline() -> str | None:
@@ -135,34 +320,14 @@ def _offline() -> str | None:
     return None
 
 
-def _cached_fault(path: Path, weight: Weight) -> str | None:
-    """What is wrong with a cached file, or None."""
-    if weight.sha256 is not None:
-        return _fault(path, weight.size, weight.sha256)
+def _fault(path: Path, expected: _Expected) -> str | None:
+    """What is wrong with a file, or None; it is only hashed where its size is right."""
     try:
-        record = json.loads(_record_path(path).read_text())
-        recorded = Weight(weight.url, size=record["size"], sha256=record["sha256"])
-    except (OSError, ValueError, KeyError, TypeError):
-        recorded = weight
-    if recorded.size is None or recorded.sha256 is None:
-        return "no record tells which bytes it should hold"
-    if weight.size not in (None, recorded.size):
-        return f"expected {weight.size} bytes, got {recorded.size}"
-    return _fault(path, recorded.size, recorded.sha256)
-
-
-def _fault(path: Path, size: int | None, sha256: str | None) -> str | None:
-    try:
-        actual = path.stat().st_size
-        if size is not None and actual != size:
-            return f"expected {size} bytes, got {actual}"
-        if sha256 is not None:
-            digest = _sha256(path)
-            if digest != sha256:
-                return f"expected sha256 {sha256}, got {digest}"
+        size = path.stat().st_size
+        fault = _Expected(expected.size, None, expected.lock_file).fault(size, None)
+        return fault or expected.fault(size, _sha256(path))
     except OSError as error:
         return f"cannot be read: {error.strerror}"
-    return None
 
 
 def _sha256(path: Path) -> str:
@@ -173,141 +338,11 @@ def _sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _record_path(path: Path) -> Path:
-    return path.with_name(path.name + ".json")
-
-
-def _record(path: Path, part: Path) -> None:
-    """Write down what the finished download ``part`` holds, before it becomes ``path``."""
-    record = {"size": part.stat().st_size, "sha256": _sha256(part)}
-    target = _record_path(path)
-    temporary = target.with_name(target.name + ".part")
-    temporary.write_text(json.dumps(record) + "\n")
-    os.replace(temporary, target)
-
-
-class _TransientError(Exception):
-    """Worth another attempt, after ``pause`` seconds if the server asked for them."""
-
-    def __init__(self, message: str, pause: float = 0.0) -> None:
-        super().__init__(message)
-        self.pause = pause
-
-
-class _Redirects(urllib.request.HTTPRedirectHandler):
-    """Redirects that stay on the web, and on https once there."""
-
-    def redirect_request(
-        self, req: Any, fp: Any, code: Any, msg: Any, headers: Any, newurl: Any
-    ) -> Any:
-        schemes = ("https",) if req.type == "https" else ("http", "https")
-        if urllib.parse.urlsplit(newurl).scheme not in schemes:
-            raise CheckpointError(f"redirects to {newurl}, which is not followed")
-        return super().redirect_request(req, fp, code, msg, headers, newurl)
-
-
-def _download(url: str, part: Path, weight: Weight, name: str, progress: bool | None) -> None:
-    """Download one address to ``part`` and check what came."""
-    for pause in (*_PAUSES, None):
-        try:
-            _transfer(url, part, weight, name, progress)
-            break
-        except _TransientError as error:
-            if pause is None:
-                raise CheckpointError(f"{error} ({len(_PAUSES) + 1} attempts)") from error
-            time.sleep(min(max(pause, error.pause), _LONGEST_PAUSE))
-    check_structure(part)
-    fault = _fault(part, weight.size, weight.sha256)
-    if fault is not None:
-        raise CheckpointError(f"sent the wrong file: {fault}")
-
-
-def _transfer(url: str, part: Path, weight: Weight, name: str, progress: bool | None) -> None:
-    with _open(url) as response, part.open("wb") as file:
-        expected = weight.size if response.length is None else response.length
-        with _progress(name, expected, progress) as advance:
-            received = 0
-            for chunk in _chunks(response):
-                if received == 0 and len(chunk) >= _HEAD:
-                    _check_start(chunk, expected, weight, part)
-                received += len(chunk)
-                if expected is not None and received > expected:
-                    raise CheckpointError(f"sends more than the expected {expected} bytes")
-                file.write(chunk)
-                advance(len(chunk))
-        if expected is not None and received != expected:
-            raise _TransientError(f"the connection ended after {received} of {expected} bytes")
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _open(url: str) -> http.client.HTTPResponse:
-    request = urllib.request.Request(url, headers={"User-Agent": "vitarium"})
-    opener = urllib.request.build_opener(_Redirects())
+def _copy(source: Path, copy: Path) -> None:
     try:
-        return opener.open(request, timeout=_TIMEOUT)
-    except urllib.error.HTTPError as error:
-        with error:
-            answer = f"HTTP {error.code} {error.reason}"
-            if error.code in _TRANSIENT:
-                raise _TransientError(answer, _retry_after(error)) from error
-            raise CheckpointError(answer) from error
-    except urllib.error.URLError as error:
-        raise _TransientError(f"cannot be reached: {error.reason}") from error
-    except (OSError, http.client.HTTPException) as error:
-        raise _TransientError(f"the connection broke: {error!r}") from error
-
-
-def _chunks(response: http.client.HTTPResponse) -> Iterator[bytes]:
-    try:
-        while chunk := response.read(_CHUNK):
-            yield chunk
-    except TimeoutError as error:
-        raise _TransientError(f"no byte for {_TIMEOUT:g} seconds") from error
-    except (OSError, http.client.HTTPException) as error:
-        raise _TransientError(f"the connection broke: {error!r}") from error
-
-
-def _check_start(chunk: bytes, expected: int | None, weight: Weight, part: Path) -> None:
-    """Refuse what is seen to be wrong from its first bytes and its announced length."""
-    kind = kind_of(chunk)
-    if kind not in KINDS:
-        raise CheckpointError(f"sent {kind} instead of a checkpoint")
-    if weight.size is not None and expected != weight.size:
-        raise CheckpointError(f"sent the wrong file: expected {weight.size} bytes, got {expected}")
-    free = shutil.disk_usage(part.parent).free
-    if expected is not None and expected > free:
-        raise CheckpointError(f"needs {expected} bytes, and {part.parent} has {free} left")
-
-
-def _retry_after(error: urllib.error.HTTPError) -> float:
-    value = error.headers.get("Retry-After", "")
-    return float(value) if value.isdecimal() else 0.0
-
-
-@contextmanager
-def _progress(name: str, total: int | None, show: bool | None) -> Iterator[Any]:
-    """A function that advances a progress bar on stderr, or does nothing."""
-    if not (sys.stderr.isatty() if show is None else show):
-        yield lambda count: None
-        return
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        DownloadColumn,
-        Progress,
-        TextColumn,
-        TimeRemainingColumn,
-        TransferSpeedColumn,
-    )
-
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task(name, total=total)
-        yield lambda count: bar.advance(task, count)
+        with source.open("rb") as original, copy.open("wb") as file:
+            shutil.copyfileobj(original, file, _CHUNK)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise CheckpointError(f"cannot be copied into the cache: {error}") from error

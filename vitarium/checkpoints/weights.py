@@ -10,6 +10,7 @@ from vitarium.checkpoints.wrappers import WRAPPERS
 
 TASKS = ("cls", "det", "seg")
 _NAME = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9_+-]|\.(?!\.)){0,150}")
+_NON_COMMERCIAL = re.compile(r"\bnc\b|non-?commercial|research[ -]only", re.IGNORECASE)
 _ADDRESS = re.compile(r"https?://([\w.-]+|\[[0-9a-fA-F:.]+\])(:[0-9]+)?/[!-~]*", re.ASCII)
 
 
@@ -73,6 +74,15 @@ class Weight:
     def addresses(self) -> tuple[str, ...]:
         """The url, then its mirrors."""
         return (() if self.url is None else (self.url,)) + self.mirrors
+
+    @property
+    def notice(self) -> str | None:
+        """What to tell whoever gets the file; None where its licence allows commercial use."""
+        if self.licence.lower() == "none stated":
+            return "no licence is stated for these weights: ask their authors before you use them"
+        if _NON_COMMERCIAL.search(self.licence):
+            return f"the licence of these weights, {self.licence}, forbids commercial use"
+        return None
 
 
 def checked_name(name: str, argument: str) -> None:
