@@ -12,7 +12,7 @@ GPU_BENCH := $(GPU_PYTHON) -m vitarium_cli bench
 GPU_PLOT = $(shell $(GPU_PYTHON) -c 'import matplotlib' 2>/dev/null && echo --plot benchmarks)
 SANITIZER ?= compute-sanitizer
 
-.PHONY: demo test test-all lint bench gpu clean
+.PHONY: demo test test-all lint bench weights gpu clean
 
 demo: $(STAMP)-demo
 	$(BIN)/vitarium demo
@@ -35,6 +35,12 @@ bench: $(STAMP)-dev
 	$(BIN)/vitarium bench models nat_tiny --sizes 224 800x1216 --batch-size 1 --rounds 5
 	$(BIN)/vitarium bench compile
 	$(BIN)/vitarium bench startup
+
+weights: $(STAMP)-dev
+	$(BIN)/python -m pytest -q tests/test_download.py tests/test_lock.py tests/test_hub.py
+	$(BIN)/python tests/download_storm.py
+	$(BIN)/python tests/checkpoint_mutations.py --count 2000
+	$(BIN)/vitarium bench convert
 
 # torch's cache of memory would hide what is read behind the end of a tensor
 gpu: $(if $(filter $(BIN)/python,$(GPU_PYTHON)),$(STAMP)-dev)
