@@ -81,7 +81,7 @@ def _version() -> str:
 
 def _tool(name: str) -> ModuleType:
     if name not in ("list", "info"):
-        return import_module(f"vitarium.tools.{name}")
+        return import_module(f"vitarium.tools.{name.replace('-', '_')}")
     # Importing vitarium.tools.list would import the package above it, and with it torch. These two
     # need neither, so the folder is entered once more, as a package with nothing above it.
     tools = ModuleType("vitarium_light_tools")
@@ -142,6 +142,7 @@ def _parser() -> argparse.ArgumentParser:
     _visualize_arguments(command("visualize", "picture what a pixel attends to, NAT and DiNAT"))
     command("doctor", "versions, devices, and which implementation each op would run and why")
     _convert_arguments(command("convert", "a checkpoint file in our layout, or in the authors'"))
+    _export_hub_arguments(command("export-hub", "a folder for timm's local-dir: and for a hub"))
     _bench_arguments(command("bench", "time ops, models and start-up, beside their peers"))
     _demo_arguments(command("demo", "classify digits, picture features and attention"))
     _digits_arguments(command("digits", "train and test nat_atto on handwritten digits"))
@@ -247,6 +248,23 @@ def _visualize_arguments(parser: argparse.ArgumentParser) -> None:
         default=(0.5, 0.5),
         metavar="X,Y",
         help="a pixel of IMAGE, or fractions of its width and height (default: 0.5,0.5)",
+    )
+
+
+def _export_hub_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="NAME[.TAG]", help="a model that `vitarium list` prints")
+    parser.add_argument("folder", metavar="DIR", help="a new folder, or an empty one")
+    parser.add_argument(
+        "--checkpoint", metavar="FILE", help="weights to use instead of the pretrained ones"
+    )
+    parser.add_argument(
+        "--num-classes", type=_positive, metavar="N", help="of FILE (default: the model's)"
+    )
+    parser.add_argument(
+        "--img-size",
+        type=_height_width,
+        metavar="N|HxW",
+        help="in pixels, for models that are made for one size (default: the model's)",
     )
 
 

@@ -148,6 +148,7 @@ def test_checkpoint_path(trained, file):
     assert_holds(timm.create_model(ATTO, checkpoint_path=file["file"]), trained)
 
 
+@pytest.mark.filterwarnings("ignore:.*no licence is stated")
 @pytest.mark.parametrize("known", [True, False], ids=["tag", "overlay"])
 def test_download(trained, tmp_path, monkeypatch, known):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "home"))
@@ -155,7 +156,7 @@ def test_download(trained, tmp_path, monkeypatch, known):
     with Server({"/x.pth": Reply((tmp_path / "x.pth").read_bytes())}) as server:
         url = server.url("/x.pth")
         if known:
-            monkeypatch.setitem(nat._WEIGHTS, DIGITS, Weight(url=url))
+            monkeypatch.setitem(nat._WEIGHTS, DIGITS, Weight(url=url, licence="MIT"))
         overlay = {"file": None, "url": None if known else url}
         assert_holds(load(overlay=overlay), trained)
         assert_holds(load(overlay=overlay), trained)
@@ -180,16 +181,107 @@ def test_a_file_that_should_ship_and_does_not(monkeypatch):
         load(overlay={"file": None})
 
 
-def test_cache_dir_is_not_ignored(tmp_path):
-    with pytest.raises(ValueError, match="cache_dir: expected None, got"):
-        load("nat_mini", cache_dir=str(tmp_path))
+@pytest.mark.filterwarnings("ignore:.*no licence is stated")
+def test_cache_dir(trained, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    torch.save(trained, tmp_path / "x.pth")
+    with Server({"/x.pth": Reply((tmp_path / "x.pth").read_bytes())}) as server:
+        overlay = {"file": None, "url": server.url("/x.pth")}
+        assert_holds(load(overlay=overlay, cache_dir="~/cache"), trained)
+    assert_holds(load(overlay=overlay, cache_dir=tmp_path / "cache"), trained)
+    assert len(list((tmp_path / "cache").glob(f"{DIGITS}-*.pth"))) == 1
+    assert not (tmp_path / "home").exists()
+    with pytest.raises(ValueError, match="cache_dir: expected a path, got 3"):
+        load(overlay=overlay, cache_dir=3)
 
 
 def test_missing_weights_are_called_missing():
-    with pytest.raises(CheckpointError, match="nat_atto.own: no weights are known"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"nat_atto\.own: no weights are known; give a file of your own as .*\. Other weights "
+        r"of nat_atto that a program can fetch: nat_atto\.vitarium_digits \(vitarium list 'nat_a",
+    ):
         load(overlay={"tag": "own", "file": None})
     with pytest.raises(RuntimeError, match="Invalid pretrained tag"):
         load(f"{ATTO}.nonsense")
+
+
+@pytest.mark.parametrize("kind", ["manual", "unreleased", "url"])
+def test_what_else_there_is_where_weights_cannot_be_had(kind, monkeypatch):
+    told = {
+        "manual": "ask at https://example.org",
+        "unreleased": "never",
+        "url": "http://[::1]:9/x",
+    }
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    monkeypatch.setitem(nat._WEIGHTS, "nat_atto.own", Weight(**{kind: told[kind]}))
+    overlay = {"tag": "own", "file": None, "url": told[kind] if kind == "url" else None}
+    with pytest.raises(CheckpointError) as caught:
+        load(overlay=overlay)
+    assert told[kind] in str(caught.value)
+    assert ("pretrained_cfg_overlay=dict(file=...)" in str(caught.value)) == (kind != "url")
+    assert str(caught.value).endswith(
+        "Other weights of nat_atto that a program can fetch: nat_atto.vitarium_digits "
+        "(vitarium list 'nat_atto*')"
+    )
+    monkeypatch.setitem(nat._WEIGHTS, DIGITS, Weight(unreleased="never"))
+    monkeypatch.setitem(nat._WEIGHTS, "nat_atto.det", Weight(url="http://x/y", task="det"))
+    with pytest.raises(CheckpointError, match="There are no other weights of nat_atto that"):
+        load(overlay=overlay)
+
+
+def test_files_that_cannot_be(tmp_path):
+    with pytest.raises(CheckpointError, match=r"absent\.pth: no such file"):
+        load(overlay={"file": tmp_path / "absent.pth"})
+    with pytest.raises(CheckpointError, match="expected a checkpoint file, got a folder"):
+        load(overlay={"file": str(tmp_path)})
+    with pytest.raises(ValueError, match="file: expected a path, got 3"):
+        load(overlay={"file": 3})
+    (tmp_path / "x.pth").write_bytes(b"<html>")
+    with pytest.raises(CheckpointError, match=r"x\.pth: .* got a web page"):
+        load(overlay={"file": tmp_path / "x.pth"})
+    torch.save({"epoch": 3}, tmp_path / "y.pth")
+    with pytest.raises(CheckpointError, match=r"nat_atto: .*y\.pth: expected tensors by name"):
+        load(overlay={"file": tmp_path / "y.pth"})
+    with pytest.raises(CheckpointError, match="the checkpoint: .* got an empty dictionary"):
+        load(overlay={"state_dict": {}})
+
+
+def test_a_file_is_compared_before_its_tensors_are_read(trained, tmp_path, monkeypatch):
+    monkeypatch.setattr(_registry, "read", lambda *args, **kwargs: pytest.fail("it is read"))
+    del trained["norm.weight"]
+    save_file(trained, tmp_path / "x.safetensors")
+    torch.save({"model": trained}, tmp_path / "x.pth")
+    for name in ("x.safetensors", "x.pth"):
+        with pytest.raises(
+            CheckpointError, match=rf"{name} does not fit: .* missing: norm\.weight"
+        ):
+            load(overlay={"file": tmp_path / name})
+
+
+def test_what_cannot_be_converted_is_called_that(trained):
+    def broken(state_dict, model):
+        raise RuntimeError("shape mismatch")
+
+    overlay = {"state_dict": trained}
+    with pytest.raises(CheckpointError, match="nat_atto: the checkpoint: cannot be conv.*mismatch"):
+        _registry.build(
+            nat.NAT,
+            ATTO,
+            True,
+            weights={},
+            filter_fn=broken,
+            pretrained_cfg_overlay=overlay,
+            **{"embed_dim": 8, "depths": (1,), "num_heads": (1,), "kernel_size": 3},
+        )
+
+
+def test_paths_of_any_kind(trained, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    save_file(trained, tmp_path / "own.safetensors")
+    for path in ("~/own.safetensors", tmp_path / "own.safetensors"):
+        assert_holds(load(overlay={"file": path}), trained)
 
 
 def test_another_number_of_classes(trained, file):
@@ -202,6 +294,21 @@ def test_another_number_of_classes(trained, file):
     lost = {key: trained[key] for key in trained if key not in head}
     with pytest.raises(CheckpointError, match=r"2 missing: head\.weight, head\.bias"):
         load(overlay={"state_dict": lost})
+
+
+def test_classes_before_the_first(trained):
+    """A background class and the like, which timm drops by the cfg's label_offset."""
+    more = {
+        **trained,
+        "head.weight": torch.cat([torch.ones(1, 256), trained["head.weight"]]),
+        "head.bias": torch.cat([torch.ones(1), trained["head.bias"]]),
+    }
+    assert_holds(load(overlay={"state_dict": more, "label_offset": 1}), trained)
+    assert load(overlay={"state_dict": more, "label_offset": 1}, num_classes=3).num_classes == 3
+    with pytest.raises(CheckpointError, match=r"head\.weight expected \[10, .* got \[11, 256\]"):
+        load(overlay={"state_dict": more})
+    with pytest.raises(CheckpointError, match=r"head\.weight expected \[10, .* got \[9, 256\]"):
+        load(overlay={"state_dict": trained, "label_offset": 1})
 
 
 def test_a_classifier_that_fits_is_kept(trained):
@@ -260,16 +367,77 @@ def test_folder_saved_for_the_hub(trained, file, tmp_path):
     assert "file" not in config["pretrained_cfg"]
 
 
-def test_hub(trained, monkeypatch):
+def test_weights_beside_those_of_a_folder(file, tmp_path):
+    save_for_hf(load(overlay=file), tmp_path / "saved", safe_serialization=True)
+    name = f"local-dir:{tmp_path}/saved"
+    for key, value in (*file.items(), ("url", "http://x/y.pth")):
+        with pytest.raises(ValueError, match=f"overlay: expected no {key} beside the weights of l"):
+            timm.create_model(name, pretrained=True, pretrained_cfg_overlay={key: value})
+    model = timm.create_model(name, pretrained=True, pretrained_cfg_overlay={"crop_pct": 0.5})
+    assert model.pretrained_cfg["crop_pct"] == 0.5
+
+
+def test_a_hub_s_config_names_no_other_weights(trained, tmp_path, monkeypatch):
+    save_file(trained, tmp_path / "x.safetensors")
+    monkeypatch.setattr(_registry, "hub_file", lambda *args: tmp_path / "x.safetensors")
+    cfg = {
+        **timm.get_pretrained_cfg(ATTO).to_dict(),
+        **{"source": "hf-hub", "hf_hub_id": "someone/nat", "file": "other", "state_dict": {}},
+    }
+    assert_holds(timm.create_model(ATTO, pretrained=True, pretrained_cfg=cfg), trained)
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "best.pth"])
+def test_folder_with_a_pickle(trained, file, tmp_path, name):
+    folder = tmp_path / "saved"
+    save_for_hf(load(overlay=file), folder)
+    (folder / "pytorch_model.bin").rename(folder / name)
+    assert_holds(timm.create_model(f"local-dir:{folder}", pretrained=True), trained)
+    torch.save(print, folder / name)
+    with pytest.raises(CheckpointError, match=rf"{name}: "):
+        timm.create_model(f"local-dir:{folder}", pretrained=True)
+
+
+def test_folders_with_no_checkpoint_or_too_many(file, tmp_path):
+    folder = tmp_path / "saved"
+    save_for_hf(load(overlay=file), folder)
+    (folder / "pytorch_model.bin").rename(folder / "b.pth")
+    (folder / "a.pth").write_bytes(b"")
+    with pytest.raises(CheckpointError, match=r"saved: expected .*, or one .*, got a\.pth, b\.pth"):
+        timm.create_model(f"local-dir:{folder}", pretrained=True)
+    for path in folder.glob("*.pth"):
+        path.unlink()
+    with pytest.raises(CheckpointError, match="saved: expected .*, got none"):
+        timm.create_model(f"local-dir:{folder}", pretrained=True)
+
+
+def test_a_folder_s_config_may_leave_names_out(trained, file, tmp_path):
+    folder = tmp_path / "saved"
+    save_for_hf(load(overlay=file), folder, safe_serialization=True)
+    config = json.loads((folder / "config.json").read_text())
+    for key in ("first_conv", "classifier"):
+        config["pretrained_cfg"].pop(key)
+    (folder / "config.json").write_text(json.dumps(config))
+    assert_holds(timm.create_model(f"local-dir:{folder}", pretrained=True), trained)
+
+
+def test_hub(trained, monkeypatch, tmp_path):
     asked = []
+    save_file(trained, tmp_path / "x.safetensors")
 
-    def answer(model_id, *args, **kwargs):
-        asked.append(model_id)
-        return trained
+    def answer(*args):
+        asked.append(args)
+        return tmp_path / "x.safetensors"
 
-    monkeypatch.setattr("timm.models._builder.load_state_dict_from_hf", answer)
+    monkeypatch.setattr(_registry, "hub_file", answer)
     assert_holds(load(overlay={"hf_hub_id": "someone/nat"}), trained)
-    assert asked == ["someone/nat"]
+    overlay = {"hf_hub_id": "someone/nat@v1", "hf_hub_filename": "x.safetensors"}
+    assert_holds(load(overlay=overlay, cache_dir="~/x"), trained)
+    assert asked == [
+        ("someone/nat", None, None, None),
+        ("someone/nat", "x.safetensors", "v1", Path("~/x").expanduser()),
+    ]
     del trained["norm.weight"]
+    save_file(trained, tmp_path / "x.safetensors")
     with pytest.raises(CheckpointError, match=r"1 missing: norm\.weight"):
         load(overlay={"hf_hub_id": "someone/nat"})

@@ -50,7 +50,7 @@ def test_without_a_command_it_helps(program):
     status, out, err = program()
     assert (status, err) == (2, "")
     commands = ("list", "info", "predict", "features", "visualize", "doctor", "bench", "demo")
-    for command in (*commands, "download", "digits"):
+    for command in (*commands, "download", "digits", "export-hub"):
         assert re.search(rf"\n    {command}\s", out)
 
 
@@ -70,6 +70,8 @@ def test_without_a_command_it_helps(program):
         (["list", "--params", "3"], "unrecognized arguments: --params"),
         (["bench"], "the following arguments are required: ops|models"),
         (["digits", "tset"], "invalid choice: 'tset'"),
+        (["export-hub", "nat_atto"], "the following arguments are required: DIR"),
+        (["export-hub", "nat_atto", "x", "--img-size", "64x"], "expected N or HxW in pixels, got"),
     ],
 )
 def test_arguments_that_do_not_parse_are_one_line(argv, line, capsys):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import warnings
 from collections.abc import Callable, Mapping
@@ -21,11 +22,26 @@ from timm.models import (
 )
 from torch import Tensor, nn
 
-from vitarium.checkpoints import CheckpointError, Weight, compare, fetch, read, unwrap
+from vitarium.checkpoints import (
+    CheckpointError,
+    Weight,
+    compare,
+    fetch,
+    hub_file,
+    outline,
+    read,
+    unwrap,
+)
+from vitarium.checkpoints.loading import filtered
 
 _Model = TypeVar("_Model", bound=nn.Module)
 _Entry = TypeVar("_Entry", bound=Callable[..., nn.Module])
 _Filter = Callable[[dict[str, Tensor], nn.Module], dict[str, Tensor]]
+
+_SOURCES = ("source", "state_dict", "file", "url", "hf_hub_id", "hf_hub_filename")
+_NAMED_SOURCES = ("hf-hub", "local-dir")
+_IN_A_FOLDER = ("model.safetensors", "pytorch_model.bin")
+_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
 
 _entries: dict[str, str] = {}
 
@@ -90,12 +106,13 @@ def build(
     Args:
         model_cls: the model's class.
         variant: the entry's name.
-        pretrained: whether to load weights: those that the caller names (``file``,
-            ``state_dict``, ``url`` or ``hf_hub_id`` in ``pretrained_cfg_overlay`` or
-            ``pretrained_cfg``), or else those of the tag.
+        pretrained: whether to load weights: those that the caller names (``hf-hub:`` or
+            ``local-dir:`` as the model's name; ``state_dict``, ``file``, ``hf_hub_id`` or ``url``
+            in ``pretrained_cfg_overlay`` or ``pretrained_cfg``), or else those of the tag.
         weights: the family's weight files, by ``entry.tag``.
         filter_fn: the family's ``checkpoint_filter_fn``.
-        **kwargs: timm's builder arguments and the model's own.
+        **kwargs: timm's builder arguments and the model's own; ``cache_dir`` is where files are
+            kept, ours and huggingface_hub's.
 
     Returns:
         The model, or timm's feature extractor around it for ``features_only=True``.
@@ -108,36 +125,49 @@ def build(
     kwargs["feature_cfg"] = {"feature_cls": "getter", **kwargs.get("feature_cfg", {})}
     if not pretrained:
         return build_model_with_cfg(model_cls, variant, False, **kwargs)
-    cfg = resolve_pretrained_cfg(
-        variant, kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay")
-    )
+    overlay = kwargs.get("pretrained_cfg_overlay") or {}
+    cfg = resolve_pretrained_cfg(variant, kwargs.get("pretrained_cfg"), overlay)
+    beside = [key for key in _SOURCES if overlay.get(key) is not None]
+    if cfg.source in _NAMED_SOURCES and beside:
+        raise ValueError(
+            f"pretrained_cfg_overlay: expected no {beside[0]} beside the weights of {cfg.source}:, "
+            f"got {overlay[beside[0]]!r}"
+        )
     features = bool(kwargs.get("features_only", False))
-    cache_dir = kwargs.get("cache_dir")
-    source = {name: value for name, value in vars(cfg).items() if value is not None}
-    source["state_dict"] = _checkpoint(variant, cfg, weights, cache_dir)
-    if cfg.source != "local-dir":  # there it is the folder; else it is read by now, or not wanted
-        source.pop("file", None)
+    found, wrapper = _checkpoint(variant, cfg, weights, kwargs.get("cache_dir"))
+    what = f"{variant}: {found if isinstance(found, Path) else 'the checkpoint'}"
+    described = {k: v for k, v in vars(cfg).items() if v is not None and k not in _SOURCES}
 
-    def convert(state_dict: dict[str, Any], model: Any) -> dict[str, Tensor]:
-        converted = filter_fn(unwrap(state_dict), model)
-        adapted = _adapted(converted, model, source, features)
+    def fitted(held: Any, model: Any, data: bool) -> tuple[dict[str, Tensor], set[str]]:
+        """What a checkpoint holds, converted, and which of it timm adapts; the rest fits."""
+        try:
+            converted = filtered(filter_fn, unwrap(held, wrapper), model)
+        except CheckpointError as error:
+            raise CheckpointError(f"{what}: {error}") from error
+        if model.num_classes == cfg.num_classes:
+            _drop_background(converted, cfg)
+        adapted = _adapted(converted, model, described, features)
         kept = {name: tensor for name, tensor in converted.items() if name not in adapted}
-        report = compare(kept, model)
+        report = compare(kept, model, data=data)
         missing = tuple(name for name in report.missing if name not in adapted)
-        replace(report, missing=missing).require_whole(f"{variant}: the checkpoint does not fit")
-        if f"{cfg.classifier}.weight" not in adapted:  # it fits, so timm shall keep it
-            source["num_classes"] = model.num_classes
-        return converted
+        replace(report, missing=missing).require_whole(f"{what} does not fit")
+        return converted, adapted
 
     def create(**model_kwargs: Any) -> _Model:
         model: Any = model_cls(**model_kwargs)
+        held = found
+        if isinstance(found, Path):
+            fitted(outline(found), model, data=False)  # before memory is taken
+            held = read(found, mmap=True)
+        converted, adapted = fitted(held, model, data=True)
+        source = {**described, "state_dict": converted, "label_offset": 0}
+        if f"{cfg.classifier}.weight" not in adapted:  # it fits, so timm shall keep it
+            source["num_classes"] = model.num_classes
         load_pretrained(
             model,
             pretrained_cfg=source,
             num_classes=0 if features else model.num_classes,
             in_chans=model.in_chans,
-            filter_fn=convert,
-            cache_dir=cache_dir,
         )
         return model
 
@@ -158,32 +188,81 @@ def packaged(weight: Weight) -> str | None:
 
 
 def _checkpoint(
-    variant: str, cfg: PretrainedCfg, weights: Mapping[str, Weight], cache_dir: object
-) -> dict[str, Any] | None:
-    """What the checkpoint that ``cfg`` names holds; None for one that timm gets from a hub."""
-    if cfg.source in ("hf-hub", "local-dir"):
-        return None
-    if cfg.state_dict:
-        return cfg.state_dict
+    variant: str, cfg: PretrainedCfg, weights: Mapping[str, Weight], cache_dir: Any
+) -> tuple[Path | dict[str, Any], str | None]:
+    """The checkpoint that ``cfg`` names, on this machine and verified, and its wrapper if known."""
+    folder = None if cache_dir is None else _path("cache_dir", cache_dir)
+    if cfg.source == "local-dir":
+        return _file_in(_path("file", cfg.file)), None
+    if cfg.source == "hf-hub":  # whatever else its config names
+        return _hub_file(cfg, folder), None
+    if cfg.state_dict is not None:
+        return cfg.state_dict, None
     name = f"{variant}.{cfg.tag}"
     weight = weights.get(name)
     if cfg.file and (weight is None or cfg.file != packaged(weight)):
-        return read(cfg.file)
+        return _path("file", cfg.file), None
     if cfg.hf_hub_id:
-        return None
-    if isinstance(cfg.url, str) and (weight is None or cfg.url != weight.url):
-        weight = Weight(url=cfg.url)
-    if weight is None:
+        return _hub_file(cfg, folder), None
+    url = cfg.url if isinstance(cfg.url, str) or cfg.url is None else cfg.url[0]
+    if url is not None and (weight is None or url != weight.url):
+        return fetch(Weight(url=url), name, cache_dir=folder), None
+    try:
+        if weight is None or weight.unreleased is not None:
+            why = weight and weight.unreleased
+            known = f"not released: {why}" if why else "no weights are known"
+            raise CheckpointError(
+                f"{name}: {known}; give a file of your own as pretrained_cfg_overlay=dict(file=...)"
+            )
+        return fetch(weight, name, cache_dir=folder), weight.wrapper
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}. {_others(variant, name, weights)}") from error
+
+
+def _path(argument: str, value: Any) -> Path:
+    if not isinstance(value, (str, os.PathLike)):
+        raise ValueError(f"{argument}: expected a path, got {value!r}")
+    return Path(value).expanduser()
+
+
+def _hub_file(cfg: PretrainedCfg, folder: Path | None) -> Path:
+    repo_id, _, revision = (cfg.hf_hub_id or "").partition("@")
+    return hub_file(repo_id, cfg.hf_hub_filename, revision or None, folder)
+
+
+def _file_in(folder: Path) -> Path:
+    """The one checkpoint in a folder, or the one that has the name which the hub expects."""
+    for name in _IN_A_FOLDER:
+        if (folder / name).exists():
+            return folder / name
+    found = sorted(path for path in folder.glob("*") if path.suffix in _SUFFIXES)
+    if len(found) != 1:
+        names = ", ".join(path.name for path in found) or "none"
         raise CheckpointError(
-            f"{name}: no weights are known; give a file of your own as "
-            f"pretrained_cfg_overlay=dict(file=...)"
+            f"{folder}: expected {' or '.join(_IN_A_FOLDER)}, or one checkpoint, got {names}"
         )
-    if cache_dir is not None and weight.file is None:
-        raise ValueError(
-            f"cache_dir: expected None, got {cache_dir!r}: {name} is kept in torch.hub's folder, "
-            f"which TORCH_HOME moves"
-        )
-    return unwrap(read(fetch(weight, name)), weight.wrapper)
+    return found[0]
+
+
+def _others(variant: str, name: str, weights: Mapping[str, Weight]) -> str:
+    """Which other weights of an entry a program can have."""
+    found = [
+        other
+        for other, weight in weights.items()
+        if other.startswith(f"{variant}.") and other != name and weight.task == "cls"
+        if weight.url is not None or packaged(weight) is not None
+    ]
+    listed = f"(vitarium list '{variant}*')"
+    if not found:
+        return f"There are no other weights of {variant} that a program can fetch {listed}"
+    return f"Other weights of {variant} that a program can fetch: {', '.join(found)} {listed}"
+
+
+def _drop_background(state_dict: dict[str, Tensor], cfg: PretrainedCfg) -> None:
+    """Cut the classes off that stand before the first one of the data set, as timm does it."""
+    for name in (f"{cfg.classifier}.weight", f"{cfg.classifier}.bias"):
+        if cfg.label_offset and name in state_dict:
+            state_dict[name] = state_dict[name][cfg.label_offset :]
 
 
 def _adapted(
@@ -196,11 +275,11 @@ def _adapted(
         theirs, ours = state_dict.get(name), expected.get(name)
         return theirs is not None and ours is not None and theirs.shape == ours.shape
 
-    head = {f"{cfg['classifier']}.{leaf}" for leaf in ("weight", "bias")}
+    head = {f"{cfg.get('classifier')}.{leaf}" for leaf in ("weight", "bias")}
     names: set[str] = set()
     if features or (model.num_classes != cfg["num_classes"] and not all(map(fits, head))):
         names |= head
-    stem, channels = f"{cfg['first_conv']}.weight", cfg["input_size"][0]
+    stem, channels = f"{cfg.get('first_conv')}.weight", cfg["input_size"][0]
     if model.in_chans != channels and stem in state_dict:
         ours = expected[stem].shape
         if state_dict[stem].shape == (ours[0], channels, *ours[2:]):

@@ -3,6 +3,7 @@
 from vitarium.checkpoints.download import adopt, fetch
 from vitarium.checkpoints.errors import CheckpointError
 from vitarium.checkpoints.files import outline, read
+from vitarium.checkpoints.hub import hub_file
 from vitarium.checkpoints.loading import Report, check_fits, compare, convert, load
 from vitarium.checkpoints.renames import Renames
 from vitarium.checkpoints.weights import Weight
@@ -18,6 +19,7 @@ __all__ = [
     "compare",
     "convert",
     "fetch",
+    "hub_file",
     "load",
     "outline",
     "read",

@@ -20,6 +20,7 @@ from filelock import FileLock, Timeout
 from vitarium.checkpoints import lock
 from vitarium.checkpoints.errors import CheckpointError
 from vitarium.checkpoints.files import check_structure
+from vitarium.checkpoints.hub import cached_hub_file
 from vitarium.checkpoints.parts import Part
 from vitarium.checkpoints.progress import Meter, meter, wanted
 from vitarium.checkpoints.transport import WrongFileError, endpoint_address, transfer
@@ -46,7 +47,8 @@ def fetch(
     resumes, checked for length, hash and kind, and only then renamed. Size and sha256 are checked
     at every call; where none is published, the first complete download records them in the lock
     file, which later calls check. A cached file that fails is renamed to ``<file>.bad``. Processes
-    that want the same file wait for one download.
+    that want the same file wait for one download. A file of https://huggingface.co that
+    huggingface_hub has in its own cache is used from there.
 
     ``HF_ENDPOINT`` takes the place of https://huggingface.co, ``HF_HUB_OFFLINE=1`` keeps
     everything off the network, proxies are taken from the environment.
@@ -76,6 +78,9 @@ def fetch(
         return place.path
     if weight.url is None and not place.path.exists():
         raise CheckpointError(_instructions(weight, name))
+    kept = None if place.path.exists() else cached_hub_file(place.key, cache_dir)
+    if kept is not None and _fault(kept, place.expected()) is None:
+        return kept
     with place.held(progress):
         return _replace(place, progress)
 

@@ -93,7 +93,7 @@ def convert(state_dict: Mapping[str, Tensor], model: nn.Module) -> dict[str, Ten
     for cls in type(model).__mro__:
         filter_fn = getattr(sys.modules[cls.__module__], "checkpoint_filter_fn", None)
         if filter_fn is not None:
-            return _filtered(filter_fn, state_dict, model)
+            return filtered(filter_fn, state_dict, model)
     inner = getattr(model, "model", None)
     if not isinstance(inner, nn.Module):
         return state_dict
@@ -108,11 +108,16 @@ def convert(state_dict: Mapping[str, Tensor], model: nn.Module) -> dict[str, Ten
     return outer
 
 
-def _filtered(
+def filtered(
     filter_fn: Callable[[dict[str, Tensor], nn.Module], Mapping[str, Tensor]],
     state_dict: dict[str, Tensor],
     model: nn.Module,
 ) -> dict[str, Tensor]:
+    """What a family's ``checkpoint_filter_fn`` makes of a state dict; all failures have one type.
+
+    Raises:
+        CheckpointError: it cannot be converted.
+    """
     try:
         return dict(filter_fn(state_dict, model))
     except CheckpointError:

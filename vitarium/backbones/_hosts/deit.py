@@ -229,7 +229,7 @@ class DeiT(Host):
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Pool tokens and classify; without the classifier if ``pre_logits``."""
-        if self.token_pool:
+        if self.global_pool.pool_type == "token":
             x = x[:, 0]
         elif self.global_pool.pool_type:
             x = self.global_pool(x[:, 1:, None])  # as a map of one column
@@ -238,9 +238,9 @@ class DeiT(Host):
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Replace the classifier by a fresh one, and the pooling unless it is None."""
-        if global_pool is not None:
-            self.token_pool = global_pool == "token"
         super().reset_classifier(num_classes, "" if global_pool == "token" else global_pool)
+        if global_pool == "token":
+            self.global_pool.pool_type = global_pool  # where timm looks it up when it saves a model
 
     def no_weight_decay(self) -> set[str]:
         """Names of the class token and the position embedding."""
