@@ -452,7 +452,9 @@ def archive_edit(rng: random.Random, base: Base) -> Mutation:
         "packed": lambda: records(lambda n, x: [(n, x)], compression=zipfile.ZIP_DEFLATED),
         "twice": lambda: records(lambda n, x: [(n, x)] + [(n, bytes(len(x)))] * (n == a)),
         "twice in front": lambda: records(lambda n, x: [(n, bytes(len(x)))] * (n == a) + [(n, x)]),
-        "other case": lambda: records(lambda n, x: [(n.upper(), x[::-1])] * (n == a) + [(n, x)]),
+        "other case": lambda: records(
+            lambda n, x: [(n.replace("/data/", "/Data/"), x[::-1])] * (n == a) + [(n, x)]
+        ),
         "NUL": lambda: records(lambda n, x: [(n, x)]).replace(a.encode(), a[:-1].encode() + b"\0"),
         "no record": lambda: records(lambda n, x: [(n, x)] * (n != a)),
         "one more": lambda: records(lambda n, x: [(n, x)] + [(n + "9", x)] * (n == a)),

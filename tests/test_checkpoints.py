@@ -545,11 +545,20 @@ def changed_entry(data: bytes, offset: int, value: bytes) -> bytes:
         (lambda data: changed_entry(data, 16, b"\0\0\0\0"), "two sizes"),
         (lambda data: changed_entry(data, 20, b"\x08"), "two sizes"),
         (lambda data: edited(data, lambda n, x: [(n, x)] * (1 + n.endswith("0"))), "one name"),
-        (lambda data: edited(data, lambda n, x: [(n, x), (n.upper(), x)]), "one name"),
+        (
+            lambda data: edited(
+                data,
+                lambda n, x: (
+                    [(n, x)] + [(n.upper().replace("ARCHIVE", "archive"), x)] * n.endswith("/0")
+                ),
+            ),
+            "one name",
+        ),
         (
             lambda data: edited(data, lambda n, x: [("y/" + n.replace("a", "b"), x), (n, x)]),
             "folders",
         ),
+        (lambda data: edited(data, lambda n, x: [(n, x), ("y" + n, x)]), "folders"),
         (lambda data: edited(data, lambda n, x: [(n, x + x * n.endswith("/0"))]), "Error|take"),
         (
             lambda data: edited(data, lambda n, x: [(n, x)] + [(n + "0", x)] * n.endswith("/1")),
