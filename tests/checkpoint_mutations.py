@@ -228,9 +228,6 @@ class Mutation:
         return all(content in (original[n], in_place[n]) for n, content in loaded.items())
 
 
-# ---- Mutations: each a function of (random, base), or a generator of all that it can make
-
-
 def flipped(rng: random.Random, base: Base, positions: list[int]) -> Mutation:
     data = bytearray(base.data)
     for position in positions:
@@ -360,6 +357,7 @@ def header_edit(rng: random.Random, base: Base) -> Mutation:
     text, payload = base.data[8 : 8 + length], base.data[8 + length :]
     header = json.loads(text)
     header.pop("__metadata__", None)
+    unedited = json.dumps(header).encode()
     name, other = rng.sample(list(header), 2)
     entry = header[name]
     big = rng.choice([2**31, 2**32, 2**53, 2**62, 2**63, 2**64, 10**30])
@@ -399,7 +397,8 @@ def header_edit(rng: random.Random, base: Base) -> Mutation:
         claimed = rng.choice(
             [0, 1, claimed - 1, claimed + 1, len(base.data), 10**8, 2**63, 2**64 - 1]
         )
-    return Mutation("", base, claimed.to_bytes(8, "little") + text + payload, refuse=True)
+    data = claimed.to_bytes(8, "little") + text + payload
+    return Mutation("", base, data, refuse=text != unedited or claimed != len(text))
 
 
 def rezipped(
@@ -488,9 +487,6 @@ def archive_edit(rng: random.Random, base: Base) -> Mutation:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return Mutation("", base, edits[how](), refuse=how in strict)
-
-
-# ---- Hostile pickles, made of opcodes
 
 
 def text(value: str) -> bytes:
@@ -691,8 +687,6 @@ def mutations(count: int, seed: int) -> Iterator[Mutation]:
             made += 1
             yield Mutation(kind, mutation.base, mutation.data, mutation.refuse, mutation.others)
 
-
-# ---- Loading, in processes that may die
 
 Answer = tuple[list[dict[str, bytes]], list[str]]  # tensors of each model loaded; complaints
 Loader = Callable[[nn.Module, object], object]
