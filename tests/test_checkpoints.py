@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import ast
 import doctest
 import gzip
 import io
@@ -681,6 +682,22 @@ def test_what_is_refused_is_named_without_advice_to_run_it(write, value, message
         with pytest.raises(CheckpointError, match=message) as caught:
             function(path)
         assert "weights_only" not in "".join(traceback.format_exception(caught.value))
+
+
+def test_no_module_unpickles_without_restriction():
+    package = Path(checkpoints.__file__).parents[1]
+    calls = [
+        (path.relative_to(package), node)
+        for path in package.rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call) and ast.unparse(node.func).endswith((".load", ".loads"))
+    ]
+    unpicklers = ("torch.load", "torch.hub.load", "pickle.load", "pickle.loads", "np.load")
+    calls = [(path, node) for path, node in calls if ast.unparse(node.func) in unpicklers]
+    assert Path("checkpoints/pickles.py") in dict(calls)
+    for path, node in calls:
+        assert ast.unparse(node.func) == "torch.load", path
+        assert "weights_only=True" in ast.unparse(node), path
 
 
 def test_an_old_torch_reads_no_pickles_but_safetensors(tmp_path, monkeypatch):
