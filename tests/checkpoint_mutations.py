@@ -773,7 +773,13 @@ class Job:
     def serve(self, pipe) -> None:
         warnings.simplefilter("ignore")
         faulthandler.disable()  # the parent tells what died
-        os.environ.update(TORCH_HOME=str(self.folder / "home"), HF_HUB_OFFLINE="")
+        os.environ.pop("VITARIUM_LOCK", None)  # the user's own file
+        os.environ.update(
+            TORCH_HOME=str(self.folder / "home"),
+            HF_HUB_OFFLINE="",
+            TRANSFORMERS_OFFLINE="",
+            no_proxy="*",
+        )
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115
         known = []
         for base in BASES:  # the undamaged files, downloaded
