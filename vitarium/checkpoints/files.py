@@ -71,7 +71,11 @@ def read(path: str | os.PathLike[str], mmap: bool = False) -> dict[str, Any]:
 def outline(path: str | os.PathLike[str]) -> dict[str, Any]:
     """What `read` would return, with tensors on the meta device: none is read.
 
-    So a file can be compared with a model before memory is taken for it.
+    So a file can be unwrapped, converted and compared with a model before memory is taken for it
+    (``compare(..., data=False)``).
+
+    Returns:
+        Tensors without data, by name, or whatever dictionary was saved around them.
 
     Raises:
         CheckpointError: as `read`, except that damaged tensors are not noticed.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import pickle
 import pickletools
 import re
 import threading
@@ -22,6 +23,7 @@ from vitarium.checkpoints.zips import check_zip
 
 _FIRST_SAFE_TORCH = "2.10"
 _DEEPEST = 200  # Python's own pickler reaches a few hundred
+_INSTRUCTIONS = {ord(opcode.code): opcode.name for opcode in pickletools.opcodes}
 _GROWING = {"APPEND", "APPENDS", "SETITEM", "SETITEMS", "ADDITEMS", "BUILD"}
 
 _lock = threading.Lock()
@@ -98,20 +100,32 @@ def _load(path: Path, **options: Any) -> dict[str, Any]:
         with _lock, torch.serialization.safe_globals([argparse.Namespace]), path.open("rb") as file:
             source = path if options["mmap"] else file
             loaded = torch.load(source, weights_only=True, **options)
+    except pickle.UnpicklingError as error:
+        # Without the cause, which advises to run what is refused.
+        raise CheckpointError(_refusal(str(error))) from None
     except Exception as error:  # a damaged pickle can raise anything, and nothing of it is ours
-        refused = re.findall(r"GLOBAL ([\w.]+) ", str(error))
-        if refused:
-            raise CheckpointError(
-                f"refused: it asks to run {', '.join(refused)}, and only tensors and plain data "
-                f"are read; ask its authors for safetensors, or convert it where running "
-                f"unknown code does no harm"
-            ) from error
         raise CheckpointError(
             f"truncated, damaged or not a PyTorch checkpoint ({type(error).__name__})"
         ) from error
     if not isinstance(loaded, dict):
         raise CheckpointError(f"expected a dictionary, got {type(loaded).__name__}")
     return loaded
+
+
+def _refusal(message: str) -> str:
+    """What torch's unpickler would not do, and what the user can."""
+    called = re.search(r"GLOBAL ([\w.]+)", message)
+    instruction = re.search(r"Unsupported operand ([0-9]+)", message)
+    if called is not None:
+        what = f"asks to run {called[1]}"
+    elif instruction is not None and int(instruction[1]) in _INSTRUCTIONS:
+        what = f"uses pickle's instruction {_INSTRUCTIONS[int(instruction[1])]}"
+    else:
+        return "damaged, or a pickle that asks for more than tensors and plain data"
+    return (
+        f"refused: it {what}, and only tensors and plain data are read; ask its authors for "
+        f"safetensors, or convert it where running unknown code does no harm"
+    )
 
 
 def _payload(path: Path, zipped: bool) -> int | None:

@@ -59,7 +59,8 @@ def check_zip(path: Path, payload: bool = True) -> Frame:
     if "data.pkl" not in leaves:
         raise CheckpointError("expected a PyTorch checkpoint, got another zip archive")
     root = records[0].orig_filename.partition("/")[0] + "/"
-    if root + "data.pkl" not in {record.filename for record in records}:
+    members = {record.filename for record in records}
+    if root + "data.pkl" not in members or not all(name.startswith(root) for name in members):
         raise CheckpointError("damaged: its records stand in several folders")
     if len(names) != len(records) or any("\0" in name for name in names):
         raise CheckpointError("damaged: two of its records have one name")
