@@ -17,6 +17,7 @@ from timm.models import get_arch_pretrained_cfgs, model_entrypoint, save_for_hf
 
 import vitarium.backbones
 from vitarium.backbones import _registry, nat
+from vitarium.backbones._registry import entries
 from vitarium.checkpoints import CheckpointError, Weight
 
 BACKBONES = Path(vitarium.backbones.__file__).parent
@@ -205,6 +206,28 @@ def test_missing_weights_are_called_missing():
         load(overlay={"tag": "own", "file": None})
     with pytest.raises(RuntimeError, match="Invalid pretrained tag"):
         load(f"{ATTO}.nonsense")
+
+
+def test_an_address_of_the_callers_counts_more_than_a_tags_hub():
+    name = "fused_swin_tiny_patch4_window7_224"
+    assert timm.get_pretrained_cfg(name).hf_hub_id
+    with Server({}) as server:
+        overlay = {"url": server.url("/own.pth")}
+        with pytest.raises(CheckpointError, match=r"own\.pth: HTTP 404"):
+            timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay)
+
+
+@pytest.mark.parametrize(
+    "name", ["nat_mini.shi_in1k", "fused_swin_tiny_patch4_window7_224.ms_in1k"]
+)
+def test_the_registry_of_weights_says_where_a_tags_are(name, monkeypatch):
+    weights = entries()[name.partition(".")[0]]._WEIGHTS
+    with Server({}) as server:
+        elsewhere = Weight(url=server.url("/a.pth"), mirrors=(server.url("/b.pth"),))
+        monkeypatch.setitem(weights, name, elsewhere)
+        with pytest.raises(CheckpointError, match="HTTP 404"):
+            timm.create_model(name, pretrained=True)
+        assert server.requests == ["/a.pth", "/b.pth"]
 
 
 @pytest.mark.parametrize("kind", ["manual", "unreleased", "url"])

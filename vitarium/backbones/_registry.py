@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 from timm.models import (
     PretrainedCfg,
     build_model_with_cfg,
+    get_arch_pretrained_cfgs,
     is_model,
     load_pretrained,
     model_entrypoint,
@@ -40,6 +41,7 @@ _Filter = Callable[[dict[str, Tensor], nn.Module], dict[str, Tensor]]
 
 _SOURCES = ("source", "state_dict", "file", "url", "hf_hub_id", "hf_hub_filename")
 _NAMED_SOURCES = ("hf-hub", "local-dir")
+_UNKNOWN = "not known: the address is the caller's"
 _IN_A_FOLDER = ("model.safetensors", "pytorch_model.bin")
 _SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
 
@@ -196,17 +198,21 @@ def _checkpoint(
         return _file_in(_path("file", cfg.file)), None
     if cfg.source == "hf-hub":  # whatever else its config names
         return _hub_file(cfg, folder), None
-    if cfg.state_dict is not None:
-        return cfg.state_dict, None
     name = f"{variant}.{cfg.tag}"
     weight = weights.get(name)
-    if cfg.file and (weight is None or cfg.file != packaged(weight)):
+    registered = get_arch_pretrained_cfgs(variant).get(name, PretrainedCfg())
+    # What the registry says of a tag stays in its cfg when the caller names another source.
+    named = {key for key in _SOURCES if getattr(cfg, key) not in (None, getattr(registered, key))}
+    if "state_dict" in named:
+        assert cfg.state_dict is not None
+        return cfg.state_dict, None
+    if "file" in named:
         return _path("file", cfg.file), None
-    if cfg.hf_hub_id:
+    if named & {"hf_hub_id", "hf_hub_filename"}:
         return _hub_file(cfg, folder), None
-    url = cfg.url if isinstance(cfg.url, str) or cfg.url is None else cfg.url[0]
-    if url is not None and (weight is None or url != weight.url):
-        return fetch(Weight(url=url), name, cache_dir=folder), None
+    url = cfg.url[0] if isinstance(cfg.url, tuple) else cfg.url
+    if "url" in named and url is not None and (weight is None or url != weight.url):
+        return fetch(Weight(url=url, licence=_UNKNOWN), name, cache_dir=folder), None
     try:
         if weight is None or weight.unreleased is not None:
             why = weight and weight.unreleased
