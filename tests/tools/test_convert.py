@@ -501,6 +501,10 @@ def test_places_that_are_refused(out, more, message, program, tmp_path):
             ["dinat_s_atto", "in.pth", "out.pth", "--to", "transformers"],
             "transformers has NAT and DiNAT only, got dinat_s_atto",
         ),
+        (
+            ["fused_davit_base_fl", "in.pth", "out.pth", "--to", "authors"],
+            "the authors' layout of fused_davit_base_fl can be read, not written",
+        ),
         (["vitrpb_atto", "in.pth", "out.safetensors", "--task", "det"], "no form of its own"),
         (["nat_atto", "in.pth", "out.safetensors", "--num-classes", "-1"], "no negative number"),
     ],

@@ -199,6 +199,8 @@ _RENAMES = Renames(
         ("head.bias", "head.fc.bias"),
     ]
 )
+# Florence-2 stores its image tower inside another model: its layout is read, not written.
+_READ_ONLY = ("fused_davit_base_fl", "fused_davit_huge_fl")
 _STORED_BUFFERS = ("relative_position_index", "relative_coords_table", "attn_mask")
 _TABLE = ".relative_position_bias_table"
 _RESIZES = {

@@ -370,6 +370,8 @@ class _Target:
             raise ValueError(f"num_classes: expected {expected}, got {num_classes}")
         if to not in _DIRECTIONS:
             raise ValueError(f"to: expected one of {_DIRECTIONS}, got {to!r}")
+        if to == "authors" and entry in getattr(entries()[entry], "_READ_ONLY", ()):
+            raise ValueError(f"to: the authors' layout of {entry} can be read, not written")
         classifier = type(timm.create_model(entry, device="meta"))
         if to == "transformers" and not hasattr(classifier, "transformers_prefix"):
             raise ValueError(f"to: transformers has NAT and DiNAT only, got {entry}")
