@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 import vitarium_cli
 from vitarium import checkpoints
 from vitarium.backbones._registry import entries
-from vitarium.checkpoints import CheckpointError, Weight, conversion
+from vitarium.checkpoints import CheckpointError, Weight, cards, conversion
 from vitarium.heads.features import FeatureBackbone
 
 DENSE = [
@@ -130,7 +130,7 @@ def test_the_card_tells_where_the_tensors_come_from(program, tmp_path):
         "sha256": sha256(out),
         "wrapper": [],
     }
-    assert card["format"] == conversion.CARD_FORMAT
+    assert card["format"] == cards.CARD_FORMAT
     assert card["parameters"] == sum(p.numel() for p in model.parameters())
     assert card["tensors"] == len(model.state_dict())
     assert card["licence"]["code"] == "MIT"
@@ -444,16 +444,16 @@ def test_shared_memory_is_copied_where_it_must_be(program, tmp_path):
 def test_only_what_must_be_copied_is():
     x = torch.randn(4, 6)
     tensors = {"a": x, "b": x[1:3], "c": x.t(), "d": torch.randn(2), "e": torch.zeros(0)}
-    found = conversion._separate(tensors, whole=False)
+    found = cards._separate(tensors, whole=False)
     assert same(found, tensors)
     memory = {name: y.data_ptr() for name, y in found.items()}
     assert memory["a"] == x.data_ptr()
     assert memory["d"] == tensors["d"].data_ptr()
     assert memory["b"] != x[1:3].data_ptr()
     parts = dict(zip("abc", torch.randn(6, 2).chunk(3), strict=True))
-    kept = conversion._separate(parts, whole=False)
+    kept = cards._separate(parts, whole=False)
     assert all(kept[name].data_ptr() == parts[name].data_ptr() for name in parts)
-    copied = conversion._separate(parts, whole=True)
+    copied = cards._separate(parts, whole=True)
     assert all(y.untyped_storage().nbytes() == y.nbytes for y in copied.values())
 
 
@@ -479,7 +479,7 @@ def test_places_that_are_refused(out, more, message, program, tmp_path):
     source = ready(tmp_path)
     (tmp_path / "folder.safetensors").mkdir()
     (tmp_path / "link.pth").symlink_to(source)
-    card = {"format": conversion.CARD_FORMAT, "output": {"file": "other.pth"}}
+    card = {"format": cards.CARD_FORMAT, "output": {"file": "other.pth"}}
     (tmp_path / "other.json").write_text(json.dumps(card))
     (tmp_path / "notes.json").write_text('{"my": "notes"}')
     before = {path: path.is_file() and sha256(path) for path in tmp_path.iterdir()}
@@ -531,7 +531,7 @@ def test_a_disk_that_fills_up_leaves_what_was_there(suffix, program, tmp_path):
 
     source, out = ready(tmp_path), tmp_path / f"out{suffix}"
     out.write_bytes(b"before")
-    card = {"format": conversion.CARD_FORMAT, "output": {"file": out.name}}
+    card = {"format": cards.CARD_FORMAT, "output": {"file": out.name}}
     out.with_suffix(".json").write_text(json.dumps(card))
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, limits[1]))
@@ -550,7 +550,7 @@ def test_a_disk_that_fills_up_leaves_what_was_there(suffix, program, tmp_path):
 
 def test_too_little_space_is_seen_before_writing(program, tmp_path, monkeypatch):
     usage = SimpleNamespace(free=1000)
-    monkeypatch.setattr(conversion.shutil, "disk_usage", lambda path: usage)
+    monkeypatch.setattr(cards.shutil, "disk_usage", lambda path: usage)
     result = program("convert", "nat_atto", ready(tmp_path), tmp_path / "out.safetensors")
     assert result.status == 1
     assert "1,000 are left" in result.err

@@ -1,36 +1,24 @@
-"""Convert checkpoint files: into our layout, with a card, or into the authors'."""
+"""Convert checkpoint files in memory: into our layout, or into the authors'."""
 
 from __future__ import annotations
 
 import copy
-import errno
-import hashlib
-import json
 import os
-import platform
-import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from inspect import signature
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import safetensors
 import timm
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from timm.models import get_arch_pretrained_cfgs
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
-import vitarium
 from vitarium.backbones._nat_transformers import to_transformers
 from vitarium.backbones._registry import entries
 from vitarium.checkpoints.errors import CheckpointError
@@ -40,12 +28,10 @@ from vitarium.checkpoints.weights import Weight
 from vitarium.checkpoints.wrappers import split_detector, unwrap_layers
 from vitarium.heads.features import FeatureBackbone
 
-CARD_FORMAT = "vitarium-conversion/1"
 _DIRECTIONS = ("ours", "authors", "transformers")
-_DETECTOR = "backbone."
+DETECTOR = "backbone."
 _INNER = "model."
-_NONE_STATED = "none stated"
-_CHUNK = 1 << 18  # bytes; more do not stay in a core's cache between reading and hashing
+NONE_STATED = "none stated"
 
 Size = tuple[int, int]
 
@@ -100,7 +86,7 @@ class Conversion:
         """Why this cannot be written, or None."""
         if not self.report.whole:
             hint = ""
-            if self.task is None and _DETECTOR in self.wrapper:
+            if self.task is None and DETECTOR in self.wrapper:
                 hint = ", which is a classifier; a detector's backbone needs a task, det or seg"
             return f"the checkpoint does not fit {self.entry}{hint}: {self.report}"
         if self.resized and not self.may_resize:
@@ -129,13 +115,14 @@ class Conversion:
             "fault": self.fault,
             "matched": list(self.report.matched),
             "renamed": {name: list(sources) for name, sources in self.renamed.items()},
-            **self._changes(),
+            **self.changes(),
             "missing": list(self.report.missing),
             "unexpected": list(self.report.unexpected),
             "misshapen": {name: {"expected": a, "got": b} for name, (a, b) in shapes},
         }
 
-    def _changes(self) -> dict[str, Any]:
+    def changes(self) -> dict[str, Any]:
+        """What becomes of tensors other than by renaming, as plain data."""
         return {
             "dropped": dict(self.report.ignored),
             "resized": {
@@ -188,8 +175,8 @@ def plan(
     try:
         obj = source if isinstance(source, Mapping) else read(source, mmap=True)
         found, layers = unwrap_layers(obj, wrapper)
-        if any(name.startswith(_DETECTOR) for name in found):
-            layers = (*layers, _DETECTOR)
+        if any(name.startswith(DETECTOR) for name in found):
+            layers = (*layers, DETECTOR)
         backbone, dropped = split_detector(found)
         # Tensors of their own: the same one may stand behind two names.
         state_dict = {name: tensor.detach() for name, tensor in backbone.items()}
@@ -231,111 +218,6 @@ def plan(
     )
 
 
-def check_files(
-    source: str | os.PathLike[str], out: str | os.PathLike[str], to: str = "ours"
-) -> None:
-    """Whether `write` may write there; nothing is read or written but an existing card.
-
-    Raises:
-        ValueError: a suffix other than ``.safetensors`` (or ``.pth``, for another layout than
-            ours), ``out`` is ``source``, or another file than its card stands where that goes.
-        OSError: no such folder, or a folder in place of a file.
-    """
-    out = Path(out)
-    card = card_path(out)
-    suffixes = (".safetensors",) if to == "ours" else (".safetensors", ".pth")
-    if out.suffix not in suffixes:
-        raise ValueError(f"out: expected a name that ends with {' or '.join(suffixes)}, got {out}")
-    if not out.parent.is_dir():
-        raise FileNotFoundError(errno.ENOENT, "no such folder", str(out.parent))
-    if out.is_dir():
-        raise IsADirectoryError(errno.EISDIR, "expected a file, got a folder", str(out))
-    if out.exists() and Path(source).exists() and out.samefile(source):
-        raise ValueError(f"out: expected another file than the checkpoint itself, got {out}")
-    if card.exists() and not (card.is_file() and _is_card(card, out.name)):
-        raise ValueError(f"out: {card}, where the card goes, exists and is not that of {out.name}")
-
-
-def write(
-    conversion: Conversion, source: str | os.PathLike[str], out: str | os.PathLike[str]
-) -> dict[str, Any]:
-    """Write a conversion: tensors, and beside them a card of the same name that ends in .json.
-
-    Both go to temporary names in the same folder and are renamed when they are complete and
-    synced; until then existing files stay as they are.
-
-    Args:
-        conversion: what to write.
-        source: the file that it comes from.
-        out: a name that ends with ``.safetensors``; or, for another layout than ours, ``.pth``,
-            where the authors' has the wrapper that the registry states.
-
-    Returns:
-        The card.
-
-    Raises:
-        CheckpointError: the conversion has a fault.
-        ValueError: as `check_files`.
-        OSError: it cannot be written.
-    """
-    conversion.require_fit()
-    source, out = Path(source), Path(out)
-    check_files(source, out, conversion.to)
-    pickled = out.suffix == ".pth"
-    tensors = _separate(conversion.tensors, whole=pickled)
-    needed, free = sum(x.nbytes for x in tensors.values()), shutil.disk_usage(out.parent).free
-    if needed > free:
-        raise OSError(
-            errno.ENOSPC, f"needs {needed:,} bytes, and {free:,} are left", str(out.parent)
-        )
-    sha256 = _sha256(source)
-    tag = conversion.tag or _released(conversion.entry, sha256)
-    wrapper = _wrapper(conversion, tag) if pickled else None
-    around = [] if wrapper is None else [wrapper]
-    if conversion.to == "authors" and conversion.task is not None:
-        around.append(_DETECTOR)
-    with _replacing(card_path(out)) as card_part, _replacing(out) as part:
-        try:
-            if pickled:
-                with part.open("wb") as file:  # by its name torch would call what is inside
-                    torch.save(tensors if wrapper is None else {wrapper: tensors}, file)
-            else:
-                save_file(tensors, part, {"format": "pt", "source_sha256": sha256})
-                _order_metadata(part)
-        except (SafetensorError, RuntimeError) as error:
-            # On a full disk torch complains of what follows from it.
-            cause = error.__context__ if isinstance(error.__context__, OSError) else error
-            raise OSError(f"{out}: cannot be written: {cause}") from error
-        _sync(part)
-        card = {
-            "format": CARD_FORMAT,
-            "entry": conversion.entry,
-            "tag": tag,
-            "task": conversion.task,
-            "to": conversion.to,
-            "img_size": conversion.img_size,
-            "source": _described(source.name, source, sha256) | {"wrapper": conversion.wrapper},
-            "output": _described(out.name, part, _sha256(part)) | {"wrapper": around},
-            "tensors": len(tensors),
-            "parameters": conversion.num_parameters,
-            **conversion._changes(),
-            "licence": _licence(conversion, tag),
-            "versions": {
-                "vitarium": vitarium.__version__,
-                "torch": torch.__version__,
-                "timm": timm.__version__,
-                "safetensors": safetensors.__version__,
-                "python": platform.python_version(),
-            },
-        }
-        card_part.write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
-        _sync(card_part)
-    return card
-
-
-# The model
-
-
 @dataclass(frozen=True)
 class _Target:
     """The model that a checkpoint is converted for."""
@@ -359,10 +241,10 @@ class _Target:
         entry, _, tag = name.partition(".")
         if entry not in entries():
             raise ValueError(f"entry: expected a model of vitarium, got {entry!r}")
-        known = sorted({*get_arch_pretrained_cfgs(entry), *_weights(entry)})
+        known = sorted({*get_arch_pretrained_cfgs(entry), *released(entry)})
         if tag and name not in known:
             raise ValueError(f"entry: expected {entry} or one of {known}, got {name!r}")
-        weight = _weights(entry).get(name)
+        weight = released(entry).get(name)
         if task is None and weight is not None and weight.task != "cls":
             task = weight.task
         if num_classes is not None and (task is not None or num_classes < 0):
@@ -440,56 +322,14 @@ class _Target:
             return to_transformers(bare, inner)
         theirs, constants = self.family._RENAMES.to_authors(bare), self.constants(model)
         assert not theirs.keys() & constants.keys()
-        outer = "" if self.task is None else _DETECTOR
+        outer = "" if self.task is None else DETECTOR
         return {outer + name: tensor for name, tensor in {**theirs, **constants}.items()}
 
 
-def _weights(entry: str) -> dict[str, Weight]:
+def released(entry: str) -> dict[str, Weight]:
     """The released files of an entry, by ``entry.tag``."""
     weights: Mapping[str, Weight] = getattr(entries()[entry], "_WEIGHTS", {})
     return {name: x for name, x in weights.items() if name.partition(".")[0] == entry}
-
-
-def _released(entry: str, sha256: str) -> str | None:
-    """The tag of the released file with this hash."""
-    for name, weight in _weights(entry).items():
-        if weight.sha256 == sha256:
-            return name.partition(".")[2]
-    return None
-
-
-def _licence(conversion: Conversion, tag: str | None) -> dict[str, Any]:
-    """What the registry states, and for which files: all of a kind, where the tag is not known."""
-    entry, task = conversion.entry, conversion.task
-    kind = task if task is not None and _DETECTOR in conversion.wrapper else "cls"
-    stated = {
-        name: weight
-        for name, weight in _weights(entry).items()
-        if (weight.task == kind if tag is None else name == f"{entry}.{tag}")
-    }
-    code = getattr(entries()[entry], "_CODE_LICENCE", _NONE_STATED)
-    return {
-        "code": " or ".join(sorted({x.code_licence or code for x in stated.values()})) or code,
-        "weights": " or ".join(sorted({x.licence for x in stated.values()})) or _NONE_STATED,
-        "stated_for": list(stated),
-    }
-
-
-def _wrapper(conversion: Conversion, tag: str | None) -> str | None:
-    """The key under which the authors' files hold tensors, or None for none."""
-    if conversion.to == "transformers":
-        return None
-    if conversion.task is not None:
-        return "state_dict"
-    weights = _weights(conversion.entry)
-    of_tag = weights.get(f"{conversion.entry}.{tag}")
-    family: Mapping[str, Weight] = getattr(entries()[conversion.entry], "_WEIGHTS", {})
-    known = [of_tag] if of_tag is not None else [*weights.values(), *family.values()]
-    stated = [x.wrapper for x in known if x.task == "cls" and x.wrapper not in (None, "plain")]
-    return stated[0] if stated else None
-
-
-# Tensors
 
 
 class _Provenance(TorchFunctionMode):
@@ -546,7 +386,7 @@ def _resized(
         rule = next((rules[pattern] for pattern in rules if fnmatchcase(name, pattern)), None)
         changed = rule is not None and after[name] is not before[names[0]]
         if old.numel() != new.numel() or changed:
-            resized[name] = Resized(tuple(old), tuple(new), rule or _NONE_STATED)
+            resized[name] = Resized(tuple(old), tuple(new), rule or NONE_STATED)
     return resized
 
 
@@ -566,81 +406,3 @@ def _initialise(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, st
         state_dict[name] = value
         initialised[name] = f"not in the checkpoint: as {type(norm).__name__} begins"
     return initialised
-
-
-def _separate(tensors: Mapping[str, Tensor], whole: bool) -> dict[str, Tensor]:
-    """Contiguous tensors that share no memory, copied only where they must be.
-
-    Args:
-        tensors: by name.
-        whole: whether each must fill its storage, all of which a pickle would hold.
-    """
-    found = {name: x.contiguous() for name, x in tensors.items()}
-    end = 0
-    for name in sorted(found, key=lambda name: found[name].data_ptr()):
-        x = found[name]
-        if x.nbytes and (
-            x.data_ptr() < end or (whole and x.untyped_storage().nbytes() != x.nbytes)
-        ):
-            found[name] = x.clone()
-        end = max(end, x.data_ptr() + x.nbytes)
-    return found
-
-
-# Files
-
-
-def card_path(out: Path) -> Path:
-    """Where the card of a converted file is."""
-    return out.with_suffix(".json")
-
-
-def _is_card(path: Path, of: str) -> bool:
-    try:
-        card = json.loads(path.read_bytes())
-        return bool(card["format"] == CARD_FORMAT and card["output"]["file"] == of)
-    except (ValueError, RecursionError, KeyError, TypeError):
-        return False
-
-
-@contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """A temporary name in the same folder; it becomes ``path`` at the end, or is removed."""
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
-        yield part
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
-
-
-def _order_metadata(path: Path) -> None:
-    """Give the metadata of a safetensors file, which come in any order, one: same bytes each time.
-
-    Compact JSON of the same entries has the same length.
-    """
-    with path.open("rb+") as file:
-        length = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(length))
-        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
-        text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
-        assert len(text) <= length
-        file.seek(8)
-        file.write(text.ljust(length))
-
-
-def _sync(path: Path) -> None:
-    with path.open("rb+") as file:
-        os.fsync(file.fileno())
-
-
-def _sha256(path: Path) -> str:
-    digest, buffer = hashlib.sha256(), memoryview(bytearray(_CHUNK))
-    with path.open("rb", buffering=0) as file:
-        while count := file.readinto(buffer):
-            digest.update(buffer[:count])
-    return digest.hexdigest()
-
-
-def _described(name: str, path: Path, sha256: str) -> dict[str, Any]:
-    return {"file": name, "size": path.stat().st_size, "sha256": sha256}

@@ -18,6 +18,7 @@ import torch.hub
 from filelock import FileLock, Timeout
 
 from vitarium.checkpoints import lock
+from vitarium.checkpoints.disk import digest, rename
 from vitarium.checkpoints.errors import CheckpointError
 from vitarium.checkpoints.files import check_structure
 from vitarium.checkpoints.hub import cached_hub_file
@@ -163,9 +164,9 @@ class _Place:
         self.name = name
         # Another address never takes this one's place; what has none goes by its name alone.
         self.key = f"manual:{name}" if weight.url is None else weight.url
-        digest = hashlib.sha256(self.key.encode()).hexdigest()[:8]
+        short = hashlib.sha256(self.key.encode()).hexdigest()[:8]
         suffix = Path(urllib.parse.urlsplit(weight.url or "").path).suffix.lower()
-        self.path = folder / f"{name}-{digest}{suffix if suffix in _SUFFIXES else ''}"
+        self.path = folder / f"{name}-{short}{suffix if suffix in _SUFFIXES else ''}"
         self.lock_files = lock.lock_files(folder, lock_file)
 
     def expected(self) -> _Expected:
@@ -200,20 +201,20 @@ class _Place:
             CheckpointError: it is no checkpoint, or not the one that is expected.
         """
         check_structure(file)
-        expected, digest = self.expected(), _sha256(file)
-        fault = expected.fault(file.stat().st_size, digest)
+        expected, sha256 = self.expected(), digest(file)
+        fault = expected.fault(file.stat().st_size, sha256)
         if fault is not None and expected.lock_file is not None:
             fault += "; if it was replaced on purpose, remove its entry there"
-        if expected.sha256 is None and linked not in (None, digest):
-            fault = f"the hub states sha256 {linked}, got {digest}"
+        if expected.sha256 is None and linked not in (None, sha256):
+            fault = f"the hub states sha256 {linked}, got {sha256}"
         if fault is not None:
             raise CheckpointError(f"the wrong file: {fault}")
-        return digest
+        return sha256
 
     def keep(self, file: Path, sha256: str) -> None:
         """Give a checked file its place."""
         self._record(file.stat().st_size, sha256)
-        lock.rename(file, self.path)
+        rename(file, self.path)
 
     def _record(self, size: int, sha256: str) -> None:
         if self.weight.sha256 is None:
@@ -281,13 +282,13 @@ def _replace(place: _Place, progress: bool | None) -> Path:
         with meter(name, progress) as shown:
             for url in weight.addresses:
                 try:
-                    digest = _download(url, part, place, expected, shown)
+                    sha256 = _download(url, part, place, expected, shown)
                     break
                 except CheckpointError as error:
                     failures.append(f"{endpoint_address(url)}: {error}")
             else:
                 raise CheckpointError(f"{name}: cannot be downloaded{aside}. {'; '.join(failures)}")
-        place.keep(part.path, digest)
+        place.keep(part.path, sha256)
     finally:
         hashed = expected.sha256 is not None
         addresses = map(endpoint_address, weight.addresses)
@@ -330,17 +331,9 @@ def _fault(path: Path, expected: _Expected) -> str | None:
     try:
         size = path.stat().st_size
         fault = _Expected(expected.size, None, expected.lock_file).fault(size, None)
-        return fault or expected.fault(size, _sha256(path))
+        return fault or expected.fault(size, digest(path))
     except OSError as error:
         return f"cannot be read: {error.strerror}"
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(_CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def _copy(source: Path, copy: Path) -> None:

@@ -32,13 +32,13 @@ from huggingface_hub.errors import (
 )
 
 from vitarium.checkpoints import lock
+from vitarium.checkpoints.disk import digest
 from vitarium.checkpoints.errors import CheckpointError
 from vitarium.checkpoints.files import check_structure
 
 _PathLike: TypeAlias = str | os.PathLike[str]
 
 _NAMES = ("model.safetensors", "pytorch_model.bin")
-_CHUNK = 1 << 20
 _HUB = "https://huggingface.co"
 _REPO = r"[\w.-]+(?:/[\w.-]+)?"
 _ADDRESS = re.compile(rf"{re.escape(_HUB)}/({_REPO})/resolve/([^/?#]+)/([^?#]+)", re.ASCII)
@@ -124,14 +124,6 @@ def cached_hub_file(url: str, cache_dir: _PathLike | None = None) -> Path | None
     return kept.path
 
 
-def digest(path: Path, hasher: Any) -> str:
-    """Hexadecimal digest of a file's content, behind whatever ``hasher`` holds already."""
-    with path.open("rb") as file:
-        while chunk := file.read(_CHUNK):
-            hasher.update(chunk)
-    return str(hasher.hexdigest())
-
-
 @dataclass(frozen=True)
 class _Kept:
     """A file in huggingface_hub's cache.
@@ -208,7 +200,7 @@ class _Kept:
             self.lock_files[-1].parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise CheckpointError(f"{self.lock_files[-1]}: cannot be written: {error}") from error
-        sha256 = digest(self.path, hashlib.sha256())
+        sha256 = digest(self.path)
         new = lock.Record(self.name, self.path.stat().st_size, sha256)
         lock.record(self.url, new, self.lock_files)
 

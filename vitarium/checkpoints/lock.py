@@ -6,13 +6,13 @@ import json
 import os
 import re
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
 
+from vitarium.checkpoints.disk import rename
 from vitarium.checkpoints.errors import CheckpointError
 
 _NAME = "vitarium.lock.json"
@@ -70,18 +70,6 @@ def record(url: str, new: Record, files: Sequence[Path]) -> None:
                 _write(file, {**_read(file), url: new})
         except OSError as error:
             raise CheckpointError(f"{file}: cannot write this lock file: {error}") from error
-
-
-def rename(temporary: Path, path: Path) -> None:
-    """Give a complete file that is on the disk its name, for good."""
-    os.replace(temporary, path)
-    if os.name == "posix":
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            with suppress(OSError):  # network file systems may have no such call, nor need for it
-                os.fsync(folder)
-        finally:
-            os.close(folder)
 
 
 def _read(file: Path) -> dict[str, Record]:

@@ -157,7 +157,8 @@ def plain(entry: str, source: str, out: str) -> None:
 
 def converted(entry: str, source: str, out: str) -> None:
     """In a process of its own: our way. Prints its costs."""
-    from vitarium.checkpoints.conversion import plan, write
+    from vitarium.checkpoints.cards import write
+    from vitarium.checkpoints.conversion import plan
 
     _print_costs(lambda: write(plan(entry, source), source, out))
 

@@ -12,7 +12,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from vitarium.checkpoints.conversion import card_path, check_files, plan, write
+from vitarium.checkpoints.cards import card_path, check_files, write
+from vitarium.checkpoints.conversion import plan
 from vitarium.tools._common import check_model
 
 _SHOWN = 5

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -22,7 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import vitarium
 from vitarium.backbones._registry import entries
 from vitarium.checkpoints import fetch, load
-from vitarium.checkpoints.hub import digest
+from vitarium.checkpoints.disk import digest
 from vitarium.tools._common import check_model
 
 _WEIGHTS = "model.safetensors"
@@ -127,7 +126,7 @@ def _write(folder: Path, model: Any, name: str, args: Namespace) -> None:
     details = {
         **_network(name, cfg, _wanted(args)),
         **origin,
-        f"sha256 of {_WEIGHTS}": digest(folder / _WEIGHTS, hashlib.sha256()),
+        f"sha256 of {_WEIGHTS}": digest(folder / _WEIGHTS),
     }
     card = {
         "tags": ["image-classification", "timm", "vitarium"],
@@ -166,7 +165,7 @@ def _of_the_tag(name: str, img_size: tuple[int, int] | None) -> dict[str, str]:
     module = entries()[name.partition(".")[0]]
     weight, published = module._WEIGHTS[name], module._PUBLISHED.get(name)
     source = weight.url or weight.manual or f"{weight.file}, which ships with vitarium"
-    weights = f"{source}, sha256 {digest(fetch(weight, name), hashlib.sha256())}"
+    weights = f"{source}, sha256 {digest(fetch(weight, name))}"
     top1 = "not stated"
     if img_size is not None:
         weights += f"; made for images of {img_size[0]} x {img_size[1]} here"
@@ -182,7 +181,7 @@ def _of_the_tag(name: str, img_size: tuple[int, int] | None) -> dict[str, str]:
 def _own(checkpoint: Path) -> dict[str, str]:
     """What is known of weights that the user brings."""
     return {
-        "weights": f"{checkpoint.name}, sha256 {digest(checkpoint, hashlib.sha256())}",
+        "weights": f"{checkpoint.name}, sha256 {digest(checkpoint)}",
         "licence of the weights": "none stated",
     }
 
