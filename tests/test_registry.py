@@ -20,6 +20,8 @@ from vitarium.backbones import _registry, nat
 from vitarium.backbones._registry import entries
 from vitarium.checkpoints import CheckpointError, Weight
 
+pytestmark = pytest.mark.usefixtures("cache")
+
 BACKBONES = Path(vitarium.backbones.__file__).parent
 FAMILIES = sorted(path.stem for path in BACKBONES.glob("[a-z]*.py"))
 ATTO = "nat_atto"
@@ -237,7 +239,6 @@ def test_what_else_there_is_where_weights_cannot_be_had(kind, monkeypatch):
         "unreleased": "never",
         "url": "http://[::1]:9/x",
     }
-    monkeypatch.setattr("time.sleep", lambda seconds: None)
     monkeypatch.setitem(nat._WEIGHTS, "nat_atto.own", Weight(**{kind: told[kind]}))
     overlay = {"tag": "own", "file": None, "url": told[kind] if kind == "url" else None}
     with pytest.raises(CheckpointError) as caught:
