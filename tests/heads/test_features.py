@@ -1,11 +1,15 @@
 """FeatureBackbone: vitarium's and timm's models as lists of maps."""
 
 import doctest
+import io
 
 import pytest
 import timm
 import torch
+from servers import Reply, Server
 
+from vitarium.backbones import nat
+from vitarium.checkpoints import Weight
 from vitarium.heads import features
 from vitarium.heads.features import FeatureBackbone
 
@@ -143,3 +147,24 @@ def test_refusals(name, kwargs, message):
 def test_the_examples_run():
     assert doctest.testmod(features).attempted > 0
     assert doctest.testmod(features).failed == 0
+
+
+def test_a_released_detector_by_name(cache, monkeypatch):
+    source = FeatureBackbone("nat_atto", task="det")
+    state = {key.replace("model.", "backbone.", 1): x for key, x in source.state_dict().items()}
+    file = io.BytesIO()
+    torch.save({"state_dict": {**state, "neck.weight": torch.ones(1)}}, file)
+    name = "nat_atto.me_mask_rcnn_1x_coco"
+    with Server({"/det.pth": Reply(file.getvalue())}) as server:
+        weight = Weight(url=server.url("/det.pth"), task="det", wrapper="state_dict", licence="MIT")
+        monkeypatch.setitem(nat._WEIGHTS, name, weight)
+        assert FeatureBackbone(name).state_dict().keys() == source.state_dict().keys()
+        assert not server.requests
+        loaded = FeatureBackbone(name, pretrained=True).state_dict()
+        FeatureBackbone(name, task="det", pretrained=True, cache_dir=cache)
+        assert server.requests == ["/det.pth"]
+    assert all(torch.equal(loaded[key], x) for key, x in source.state_dict().items())
+    with pytest.raises(ValueError, match="task: expected None or 'det' of nat_atto.me_mask"):
+        FeatureBackbone(name, task="seg")
+    with pytest.raises(ValueError, match="checkpoint: expected None with the weights of nat_atto"):
+        FeatureBackbone(name, pretrained=True, checkpoint=state)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from vitarium import checkpoints
 from vitarium.backbones._registry import entries
+from vitarium.checkpoints import Weight
 
 _TASKS = ("det", "seg")
 
@@ -25,7 +26,9 @@ class FeatureBackbone(nn.Module):
     ((64, 128, 256, 512), (4, 8, 16, 32))
 
     Args:
-        name: a model's name, with or without a tag.
+        name: a model's name, with or without a tag; also that of a released detector or segmenter,
+            ``nat_mini.shi_mask_rcnn_3x_coco``, whose ``task`` it implies and whose backbone
+            ``pretrained=True`` loads.
         out_indices: ascending indices of the maps, from 0; negative ones count from the last
             one. None for all maps of a vitarium model, and for timm's own choice of another.
         task: ``det`` or ``seg`` for the form that a family's authors give their backbone in
@@ -43,8 +46,9 @@ class FeatureBackbone(nn.Module):
 
     Raises:
         ValueError: an unknown name, indices out of range or order, an unknown task, or one for
-            which the family has no form of its own.
-        CheckpointError: the checkpoint cannot be read or does not fit.
+            which the family has no form of its own or the released file is not; a checkpoint
+            beside the pretrained one.
+        CheckpointError: the checkpoint cannot be had or read, or does not fit.
     """
 
     def __init__(
@@ -60,7 +64,20 @@ class FeatureBackbone(nn.Module):
             raise ValueError(f"task: expected None or one of {_TASKS}, got {task!r}")
         if not timm.is_model(name):
             raise ValueError(f"name: expected a model of vitarium or timm, got {name!r}")
-        family = entries().get(name.partition(".")[0])
+        entry = name.partition(".")[0]
+        family = entries().get(entry)
+        weight: Weight | None = getattr(family, "_WEIGHTS", {}).get(name)
+        if weight is not None and weight.task in _TASKS:
+            if task not in (None, weight.task):
+                raise ValueError(f"task: expected None or {weight.task!r} of {name}, got {task!r}")
+            if model_kwargs.pop("pretrained", False):
+                if checkpoint is not None:
+                    raise ValueError(
+                        f"checkpoint: expected None with the weights of {name}, got another one"
+                    )
+                cache_dir = model_kwargs.pop("cache_dir", None)
+                checkpoint = checkpoints.fetch(weight, name, cache_dir=cache_dir)
+            name, task = entry, weight.task
         adapter = getattr(family, "dense_adapter", None)
         if task is not None and adapter is None:
             raise ValueError(f"task: expected None, {name} has no form of its own, got {task!r}")
@@ -73,7 +90,7 @@ class FeatureBackbone(nn.Module):
         else:
             adapt_kwargs = getattr(family, "dense_kwargs", None)
             if task is not None and adapt_kwargs is not None:
-                model_kwargs = adapt_kwargs(name.partition(".")[0], task, model_kwargs)
+                model_kwargs = adapt_kwargs(entry, task, model_kwargs)
             model = timm.create_model(name, **model_kwargs)
             info = model.feature_info
             self.out_indices = _ascending(name, out_indices, len(info))
