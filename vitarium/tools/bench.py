@@ -54,7 +54,7 @@ def run(args: Namespace) -> int:
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler complains of absent GPUs
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 140)
     on_gpu = args.what == "ops" and device.type == "cuda"
-    head = machine(args.threads, device)
+    head = machine(args.threads, device, args.what == "convert")
     if device.type == "cuda":
         from vitarium.tools import bench_gpu_report
 
@@ -126,8 +126,8 @@ def _checked(args: Namespace) -> torch.device:
     return device
 
 
-def machine(num_threads: int, device: torch.device = CPU) -> str:
-    """One line about where figures come from."""
+def machine(num_threads: int, device: torch.device = CPU, fresh: bool = False) -> str:
+    """One line about where figures come from; ``fresh`` ones are of processes of their own."""
     from importlib.metadata import version
 
     processor = platform.processor() or platform.machine()
@@ -137,8 +137,9 @@ def machine(num_threads: int, device: torch.device = CPU) -> str:
     processor += f", {torch.backends.cpu.get_cpu_capability()}, {num_threads} thread(s)"
     if device.type == "cuda":
         processor = f"{torch.cuda.get_device_name(device)}, {processor}"
+    clock = "wall clock of fresh processes" if fresh else clock_name(num_threads, device)
     return (
-        f"{processor}, {clock_name(num_threads, device)}, torch {torch.__version__}, "
+        f"{processor}, {clock}, torch {torch.__version__}, "
         f"timm {version('timm')}, Python {platform.python_version()}"
     )
 
