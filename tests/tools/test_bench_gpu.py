@@ -250,7 +250,7 @@ def test_the_command(program, native, monkeypatch, tmp_path):
     """Everything but the card: where `cuda` is asked for, a CPU computes."""
     device = Namespace(type="cuda")
     monkeypatch.setattr(bench, "pick_device", lambda name: device)
-    monkeypatch.setattr(bench, "machine", lambda threads, found: f"machine of {found.type}")
+    monkeypatch.setattr(bench, "machine", lambda threads, found, fresh: f"machine of {found.type}")
     monkeypatch.setattr(bench_gpu_report, "_card", lambda found: f"card of {found.type}")
     monkeypatch.setattr(bench_gpu, "ceilings", lambda found: CEILINGS)
     measure = bench_gpu.measure
