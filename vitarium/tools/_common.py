@@ -25,7 +25,7 @@ GAP = 12  # between the panels of a sheet, in pixels
 FONT_SIZE = 16
 
 # What Pillow's decoders raise on broken files.
-_DECODER_ERRORS = (
+DECODER_ERRORS = (
     *(OSError, SyntaxError, ValueError, EOFError, RuntimeError, struct.error),
     Image.DecompressionBombError,
 )
@@ -46,7 +46,7 @@ def read_image(path: str) -> Image.Image:
     except UnidentifiedImageError:
         empty = Path(path).stat().st_size == 0
         reason = "the file is empty" if empty else "unknown format, damaged, or without pixels"
-    except _DECODER_ERRORS as error:
+    except DECODER_ERRORS as error:
         reason = getattr(error, "strerror", None) or str(error)
     raise ValueError(f"{path}: cannot read this image: {reason}")
 

@@ -1,0 +1,210 @@
+"""What is learned: the network, its loss and its measure, for each kind of run."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Generic, TypeVar
+
+import timm
+import torch
+import torch.nn.functional as F
+from timm.data import Mixup, resolve_data_config
+from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
+from torch import Tensor, nn
+
+from vitarium import checkpoints
+from vitarium.training.config import (
+    ClassificationConfig,
+    Config,
+    LossConfig,
+)
+from vitarium.training.data import Batch, Layout, Transform
+from vitarium.training.sources import Source, Stream, open_sources
+from vitarium.training.transforms import ClassTransform, Preprocessing
+
+_Config = TypeVar("_Config", bound=Config)
+
+
+class Task(ABC, Generic[_Config]):
+    """One kind of run.
+
+    Attributes:
+        config: of the run.
+        train: images to train on.
+        val: images to validate on.
+        model: the network, with random weights or those that the config names.
+        best: name of the measure that decides which weights are the best, the larger the better.
+    """
+
+    best: str
+
+    def __init__(self, config: _Config) -> None:
+        self.config = config
+        maps = config.task == "segmentation"
+        self.train, self.val = open_sources(config.data, maps, config.seed)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed)
+            self.model = self._built()
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Names, in the order of their numbers."""
+        return self.train.classes
+
+    @abstractmethod
+    def _built(self) -> nn.Module:
+        """The network, with random weights or those that the config names."""
+
+    @abstractmethod
+    def transform(self, training: bool) -> Transform:
+        """From an image and its target to tensors."""
+
+    @abstractmethod
+    def losses(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+        """Parts of a batch's loss, by name; ``loss`` is what is minimised."""
+
+    @abstractmethod
+    def counts(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Numbers of a batch that can be added up, over batches and processes; float64."""
+
+    @abstractmethod
+    def measures(self, counts: Tensor) -> dict[str, float]:
+        """What the sums of all batches say, in percent where it is a share."""
+
+    @property
+    def trained(self) -> nn.Module:
+        """What ``best.safetensors`` holds: the model, or the part of it that is trained."""
+        return self.model
+
+    def saved(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Of the model's tensors those of `trained`, by its names."""
+        return tensors
+
+    def validation_layout(self, layout: Layout) -> Layout:
+        """How many images are validated at a time."""
+        return layout
+
+    def blank(self) -> Batch:
+        """A batch that counts nothing."""
+        height, width = self.config.data.image_size
+        return Batch(torch.zeros(1, 3, height, width), torch.zeros(0, dtype=torch.long))
+
+
+class Classification(Task[ClassificationConfig]):
+    """A classifier of whole images, as timm trains and validates it."""
+
+    best = "top1"
+
+    def __init__(self, config: ClassificationConfig) -> None:
+        super().__init__(config)
+        self._mix = mixing(config.loss, len(self.classes))
+        self._loss = classification_loss(config.loss)
+
+    def _built(self) -> nn.Module:
+        return create_classifier(self.config, len(self.classes))
+
+    def transform(self, training: bool) -> Transform:
+        augment = self.config.augment
+        expected = preprocessing(self.model, augment)
+        return ClassTransform(augment, self.config.data.image_size, expected, training)
+
+    def losses(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+        images, targets = batch.images, batch.targets
+        if self._mix is not None:
+            images, targets = self._mix(images, targets)
+        return {"loss": self._loss(model(images), targets)}
+
+    def counts(self, model: nn.Module, batch: Batch) -> Tensor:
+        return classification_counts(model(batch.images), batch.targets)
+
+    def measures(self, counts: Tensor) -> dict[str, float]:
+        return classification_measures(counts)
+
+
+def create_classifier(config: Config, num_classes: int) -> nn.Module:
+    """The model of a config's section, with the data's classes.
+
+    Raises:
+        ValueError: no such model, or an argument that it does not take.
+        CheckpointError: the weights cannot be had or do not fit.
+    """
+    section = config.model
+    kwargs = dict(section.kwargs)
+    if section.drop_path_rate is not None:
+        kwargs["drop_path_rate"] = section.drop_path_rate
+    overlay = {} if section.checkpoint is None else {"file": section.checkpoint}
+    return timm.create_model(
+        section.name,
+        pretrained=section.pretrained or section.checkpoint is not None,
+        pretrained_cfg_overlay=overlay or None,
+        num_classes=num_classes,
+        **kwargs,
+    )
+
+
+def preprocessing(model: nn.Module, augment: Any) -> Preprocessing:
+    """What a model's weights expect of images, unless the config says otherwise."""
+    found = resolve_data_config(model=model)
+    return Preprocessing(
+        mean=augment.mean or found["mean"],
+        std=augment.std or found["std"],
+        crop_pct=getattr(augment, "crop_pct", None) or found["crop_pct"],
+    )
+
+
+def mixing(loss: LossConfig, num_classes: int) -> Mixup | None:
+    """timm's mixup and cutmix of a batch; draws from NumPy's generator."""
+    if not loss.mixup and not loss.cutmix:
+        return None
+    return Mixup(
+        mixup_alpha=loss.mixup,
+        cutmix_alpha=loss.cutmix,
+        prob=loss.mixup_prob,
+        switch_prob=loss.switch_prob,
+        label_smoothing=loss.label_smoothing,
+        num_classes=num_classes,
+    )
+
+
+def classification_loss(loss: LossConfig) -> Callable[[Tensor, Tensor], Tensor]:
+    """timm's loss of logits [B, classes] and targets, numbers or mixed ones."""
+    mixed = bool(loss.mixup or loss.cutmix)
+    if loss.kind == "bce":
+        return BinaryCrossEntropy(smoothing=0.0 if mixed else loss.label_smoothing)
+    if mixed:  # which smooths the labels itself
+        return SoftTargetCrossEntropy()
+    return nn.CrossEntropyLoss(label_smoothing=loss.label_smoothing)
+
+
+def classification_counts(logits: Tensor, targets: Tensor) -> Tensor:
+    """Images, those right at once and within five guesses, and the sum of cross entropies."""
+    guesses = logits.topk(min(5, logits.shape[1])).indices == targets[:, None]
+    loss = F.cross_entropy(logits.float(), targets, reduction="sum")
+    counts = [len(targets), guesses[:, 0].sum(), guesses.sum(), loss]
+    return torch.stack([torch.as_tensor(x, dtype=torch.float64, device=logits.device) for x in counts])
+
+
+def classification_measures(counts: Tensor) -> dict[str, float]:
+    """Accuracies in percent, loss and number of images."""
+    images, top1, top5, loss = counts.tolist()
+    if not images:
+        raise ValueError("data.val: expected images that can be read, got none")
+    return {
+        "top1": 100 * top1 / images,
+        "top5": 100 * top5 / images,
+        "loss": loss / images,
+        "images": images,
+    }
+
+
+def create_task(config: Config) -> Task[Any]:
+    """The task of a config.
+
+    Raises:
+        ValueError: what the config names is not there or does not fit together.
+    """
+    return _TASKS[config.task](config)
+
+
+_TASKS: Mapping[str, type[Task[Any]]] = {"classification": Classification}

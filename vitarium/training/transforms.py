@@ -1,0 +1,106 @@
+"""From an image of any kind to a tensor of the model's size: training's way and validation's."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.data import create_transform
+from torch import Tensor
+from torchvision.transforms import v2
+from torchvision.transforms.functional import InterpolationMode
+
+from vitarium.training.config import AugmentConfig
+from vitarium.training.sources import Pair
+
+_KNOTS = 4  # of the grid that bends a picture, each way
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """What a model expects of its images, as timm's data config says it."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    crop_pct: float
+
+
+class ClassTransform:
+    """An image to a tensor [3, H, W]; its class's number to a tensor [].
+
+    Args:
+        augment: what is varied, and how size is changed.
+        size: (height, width) of the result.
+        expected: mean and standard deviation of the result, and validation's crop.
+        training: whether anything is varied; else the middle of the image is taken.
+    """
+
+    def __init__(
+        self,
+        augment: AugmentConfig,
+        size: tuple[int, int],
+        expected: Preprocessing,
+        training: bool,
+    ) -> None:
+        common: dict[str, Any] = {
+            "input_size": (3, *size),
+            "mean": expected.mean,
+            "std": expected.std,
+            "use_prefetcher": False,
+        }
+        if not training:
+            mode = "bicubic" if augment.interpolation == "random" else augment.interpolation
+            self._steps = create_transform(
+                **common, interpolation=mode, crop_pct=expected.crop_pct, crop_mode="center"
+            )
+            return
+        first, second, last = create_transform(
+            **common,
+            is_training=True,
+            separate=True,
+            interpolation=augment.interpolation,
+            scale=augment.scale,
+            ratio=augment.ratio,
+            hflip=augment.hflip,
+            color_jitter=augment.color_jitter or None,
+            auto_augment=augment.auto_augment,
+            re_prob=augment.random_erasing,
+            re_mode="pixel",
+        )
+        if augment.crop == "resize":
+            mode = InterpolationMode(augment.interpolation)
+            first.transforms[0] = v2.Resize(size, mode)
+        if any((augment.rotation, augment.translate, augment.zoom, augment.shear, augment.bend)):
+            last.transforms.insert(1, _Moved(augment))  # behind the conversion to [0, 1]
+        self._steps = v2.Compose([*first.transforms, *second.transforms, *last.transforms])
+
+    def __call__(self, pair: Pair) -> tuple[Tensor, Tensor]:
+        image, number = pair
+        return self._steps(image), torch.tensor(number)
+
+
+class _Moved:
+    """A tensor [3, H, W] turned, sheared, stretched, shifted and bent; black comes in."""
+
+    def __init__(self, augment: AugmentConfig) -> None:
+        self._augment = augment
+
+    def __call__(self, image: Tensor) -> Tensor:
+        most = self._augment
+        drawn = 2 * torch.rand(6) - 1
+        angle, shear = math.radians(most.rotation) * drawn[0], math.radians(most.shear) * drawn[1]
+        width, height = 1 + most.zoom * drawn[2:4]
+        ratio = image.shape[-2] / image.shape[-1]  # the grid is 2 wide and 2 high
+        turn = torch.stack([angle.cos(), -angle.sin() * ratio, angle.sin() / ratio, angle.cos()])
+        stretch = torch.stack([width, shear.tan(), torch.zeros(()), height])
+        theta = turn.view(2, 2) @ stretch.view(2, 2)
+        theta = torch.cat([theta, 2 * most.translate * drawn[4:, None]], 1)[None]
+        grid = F.affine_grid(theta, [1, *image.shape], align_corners=False)
+        if most.bend:
+            knots = most.bend * (2 * torch.rand(1, 2, _KNOTS, _KNOTS) - 1)
+            bend = F.interpolate(knots, image.shape[-2:], mode="bicubic", align_corners=True)
+            grid = grid + bend.permute(0, 2, 3, 1)
+        return F.grid_sample(image[None], grid, align_corners=False)[0]
