@@ -141,6 +141,8 @@ def _parser() -> argparse.ArgumentParser:
     _picture_arguments(command("features", "picture a model's feature pyramid of an image"))
     _visualize_arguments(command("visualize", "picture what a pixel attends to, NAT and DiNAT"))
     command("doctor", "versions, devices, and which implementation each op would run and why")
+    _train_arguments(command("train", "train what a config describes"))
+    _test_arguments(command("test", "validate what `vitarium train` trained"))
     _convert_arguments(command("convert", "a checkpoint file in our layout, or in the authors'"))
     _export_hub_arguments(command("export-hub", "a folder for timm's local-dir: and for a hub"))
     _bench_arguments(command("bench", "time ops, models and start-up, beside their peers"))
@@ -359,6 +361,40 @@ def _bench_models_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--channels-last", action="store_true", help="the layout of images")
     parser.add_argument("--base", metavar="NAME", help="compare with this one (default: the first)")
+
+
+def _config_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "config", metavar="CONFIG", help="a TOML file, or the name of one in vitarium/configs"
+    )
+    parser.add_argument(
+        "--output", metavar="DIR", help="the run's folder (default: outputs/ and CONFIG's name)"
+    )
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="SECTION.KEY=VALUE",
+        help="instead of what CONFIG says; may be repeated",
+    )
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="(default: cuda if there is one)")
+
+
+def _train_arguments(parser: argparse.ArgumentParser) -> None:
+    _config_arguments(parser)
+    parser.add_argument(
+        "--resume", action="store_true", help="go on with the run in DIR, from its newest snapshot"
+    )
+
+
+def _test_arguments(parser: argparse.ArgumentParser) -> None:
+    _config_arguments(parser)
+    parser.add_argument(
+        "--checkpoint", metavar="FILE", help="(default: best.safetensors in DIR, or CONFIG's own)"
+    )
+    output = parser.add_mutually_exclusive_group()
+    output.add_argument("--csv", metavar="FILE", help="write the results to FILE too")
+    output.add_argument("--json", action="store_true", help="print JSON")
 
 
 def _convert_arguments(parser: argparse.ArgumentParser) -> None:

@@ -1,1 +1,1 @@
-"""Train and test classifiers, segmenters and probes from a TOML file, on Hugging Face Accelerate."""
+"""Train and test classifiers, segmenters and probes from a TOML file, on Accelerate."""

@@ -133,7 +133,8 @@ def training_batches(
     else:
         workers = min(workers, source.shards(layout.world))
         passed = update * layout.accumulation
-        yield from _loader(_Streamed(source, reader, layout, passed), workers)
+        loader = _loader(_Streamed(source, reader, layout, passed), workers)
+        yield from (batch for batch in loader if batch is not None)
 
 
 def validation_batches(
@@ -160,8 +161,7 @@ def _loader(dataset: Dataset[Any], workers: int, keys: Any = None) -> DataLoader
     if keys is not None:
         kwargs = {"batch_sampler": keys, "collate_fn": _batch}
     if workers:
-        # Threads, of torch and of what reads images, do not survive a fork.
-        kwargs |= {"multiprocessing_context": "forkserver", "prefetch_factor": _PREFETCH}
+        kwargs["prefetch_factor"] = _PREFETCH
     pinned = torch.cuda.is_available()
     return DataLoader(dataset, num_workers=workers, pin_memory=pinned, **kwargs)
 
@@ -267,7 +267,7 @@ class _StreamedOnce(IterableDataset[Batch]):
             yield _batch(items)
 
 
-class _Streamed(IterableDataset[Batch]):
+class _Streamed(IterableDataset[Batch | None]):
     """Batches of one pass over a stream after another, without what earlier steps took.
 
     torch's loader takes a batch of each of its workers in turn, so which batch of the process is
@@ -280,12 +280,12 @@ class _Streamed(IterableDataset[Batch]):
         self.layout = layout
         self.passed = passed
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[Batch | None]:
         info = get_worker_info()
         worker, workers = (info.id, info.num_workers) if info is not None else (0, 1)
-        # After an interruption the loader begins with worker 0 again: roles move on.
-        worker = (worker + self.passed) % workers
         done = len(range(worker, self.passed, workers))
+        if worker < self.passed % workers:  # the loader begins with worker 0 again: not its turn
+            yield None
         images = self._images()
         for number in count():
             numbered = [next(images) for _ in range(self.layout.batch)]

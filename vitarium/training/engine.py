@@ -21,6 +21,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
+from vitarium import checkpoints
 from vitarium.training.config import Config
 from vitarium.training.data import Batch, Layout, seeded_step, training_batches, validation_batches
 from vitarium.training.logs import Log
@@ -39,6 +40,9 @@ class Engine:
     Args:
         config: the run.
         device: ``cpu`` or ``cuda``; None for CUDA where there is one.
+
+    Attributes:
+        main: whether this process, of all, writes and prints.
 
     Raises:
         ValueError: the config, its data or its model do not fit together, or are not there.
@@ -60,7 +64,7 @@ class Engine:
             cpu=device == "cpu" or not cuda, mixed_precision=_PRECISIONS[config.train.precision]
         )
         self._device: torch.device = self._accelerator.device
-        self._main: bool = self._accelerator.is_main_process
+        self.main: bool = self._accelerator.is_main_process
         self._config = config
         self._layout = Layout(
             config.train.batch_size,
@@ -70,33 +74,36 @@ class Engine:
         )
         self._task: Task[Any] = create_task(config)
         last = config.train.channels_last
-        self._format = torch.channels_last if last else torch.contiguous_format
-        self._model = self._task.model.to(self._device, memory_format=self._format)
+        self._format: torch.memory_format = torch.channels_last if last else torch.contiguous_format
+        self._model = self._task.model.to(self._device).to(memory_format=self._format)
         self._average: Average | None = None
 
     def close(self) -> None:
         """Leave the group of processes."""
         self._accelerator.end_training()
 
-    def test(self, weights: Mapping[str, Tensor] | None = None) -> dict[str, float]:
-        """Validate once.
+    def load(self, checkpoint: str | Path) -> None:
+        """Take weights from a file: of the model, or of the part of it that is trained.
 
-        Args:
-            weights: of the run's model, as ``best.safetensors`` has them; None for those that the
-                config starts from.
+        Raises:
+            CheckpointError: it cannot be read or does not fit.
+        """
+        checkpoints.load(self._task.trained, checkpoint)
+
+    def test(self) -> dict[str, float]:
+        """Validate once.
 
         Returns:
             The task's measures.
 
         Raises:
-            ValueError: weights that do not fit, or no image that can be read.
+            ValueError: no image can be read.
         """
-        if weights is not None:
-            try:
-                self._task.trained.load_state_dict(dict(weights))
-            except RuntimeError as error:
-                raise ValueError(f"checkpoint: {' '.join(str(error).split())}") from error
-        return self._validated(None)
+        return self._validated(0, None)
+
+    def row(self, measures: Mapping[str, float]) -> dict[str, Any]:
+        """Measures among the columns of timm's results, where they are a classifier's."""
+        return self._task.row(measures)
 
     def train(self, output: str | Path, resume: bool = False) -> dict[str, float]:
         """Train to the end, or to an interruption.
@@ -127,7 +134,7 @@ class Engine:
         if found is not None:
             update, best, measures = found["update"], found["best"], found["measures"]
             self._restore(optimizer.optimizer, found)
-        if self._main:
+        if self.main:
             folder.rewind(update)
         batches = training_batches(
             task.train,
@@ -140,7 +147,7 @@ class Engine:
         )
         validate = _every(config.train.validate_every * epoch, updates)
         keep = _every(config.train.checkpoint_every or epoch, updates)
-        log = Log(folder if self._main else None, config, updates, epoch, self._layout.images)
+        log = Log(folder if self.main else None, config, updates, epoch, self._layout.images)
         self._model.train()
         with log.running(update), _interruption() as interrupted:
             while update < updates:
@@ -154,7 +161,7 @@ class Engine:
                 if told:
                     log.losses(update, self._mean(log.mean()), optimizer.param_groups)
                 if validate(update):
-                    measures = self._validated(log)
+                    measures = self._validated(update, log)
                     log.measures(update, measures)
                     if measures[task.best] > best:
                         best = measures[task.best]
@@ -176,7 +183,7 @@ class Engine:
         from accelerate.utils import broadcast_object_list
 
         fault: list[str | None] = [None]
-        if self._main:
+        if self.main:
             try:
                 folder.open(resume)
             except (ValueError, OSError) as error:
@@ -191,7 +198,7 @@ class Engine:
         """The model for steps of all processes together, and its optimizer."""
         train, model = self._config.train, self._model
         if train.grad_checkpointing:
-            model.set_grad_checkpointing(True)
+            model.set_grad_checkpointing(True)  # type: ignore[operator]
         several = self._layout.world > 1
         if train.sync_batchnorm and several:
             if self._device.type == "cpu":
@@ -247,7 +254,7 @@ class Engine:
             return module.no_sync()
         return nullcontext()
 
-    def _validated(self, log: Log | None) -> dict[str, float]:
+    def _validated(self, update: int, log: Log | None) -> dict[str, float]:
         """Measures over all images of all processes, of the average of weights if there is one."""
         config, task, model = self._config, self._task, self._model
         batches = validation_batches(
@@ -264,7 +271,7 @@ class Engine:
         with torch.no_grad(), average.applied(model) if average is not None else nullcontext():
             for batch in self._together(batches):
                 if log is not None:
-                    log.unreadable(None, batch.failures)
+                    log.unreadable(update, batch.failures)
                 with self._accelerator.autocast():
                     found = task.counts(model, batch.to(self._device, self._format))
                 counts = found if counts is None else counts + found
@@ -280,7 +287,9 @@ class Engine:
         while True:
             batch = next(batches, None)
             if batch is None or not len(batch.images):
-                batch = None if batch is None else Batch(blank.images, blank.targets, batch.failures)
+                batch = (
+                    None if batch is None else Batch(blank.images, blank.targets, batch.failures)
+                )
             if not (self._any(batch is not None) if sharded else batch is not None):
                 return
             yield blank if batch is None else batch
@@ -306,7 +315,7 @@ class Engine:
                 content["average"] = {name: value.clone() for name, value in state.items()}
         if self._accelerator.scaler is not None:
             content["scaler"] = self._accelerator.scaler.state_dict()
-        if self._main:
+        if self.main:
             folder.snapshots.save(update, content)
         self._accelerator.wait_for_everyone()
 
@@ -323,7 +332,7 @@ class Engine:
         average = self._average
         with average.applied(self._model) if average is not None else nullcontext():
             tensors = model_state(self._model)
-            if self._main:
+            if self.main:
                 kept = self._task.saved(tensors)
                 folder.save_weights(name, kept, {"update": update, "measures": measures})
 
@@ -342,9 +351,7 @@ class Engine:
         return bool(self._accelerator.reduce(found, "sum") > 0)
 
 
-def run_length(
-    config: Config, train: Any, layout: Layout
-) -> tuple[int, float]:
+def run_length(config: Config, train: Any, layout: Layout) -> tuple[int, float]:
     """Updates of a run, and updates of one pass over the data.
 
     Raises:
@@ -364,7 +371,7 @@ def run_length(
 
 
 def create_optimizer(config: Config, model: nn.Module, images: int) -> Optimizer:
-    """timm's optimizer for a model and steps of so many images.
+    """Timm's optimizer for a model and steps of so many images.
 
     Raises:
         ValueError: no optimizer of this name, or one that has not what the config sets.
@@ -394,7 +401,7 @@ def create_optimizer(config: Config, model: nn.Module, images: int) -> Optimizer
 def create_scheduler(
     config: Config, optimizer: Optimizer, images: int, updates: int, epoch: float
 ) -> Scheduler:
-    """timm's schedule, counted in updates, of which a pass over the data has ``epoch``."""
+    """Timm's schedule, counted in updates, of which a pass over the data has ``epoch``."""
     section, scale = config.schedule, _scale(config, images)
     warmup = section.warmup_updates or round((section.warmup_epochs or 0) * epoch)
     scheduler, _ = create_scheduler_v2(

@@ -87,16 +87,20 @@ class Log:
         lr = max(group["lr"] for group in groups)
         row = {"lr": lr, **means, "images_per_second": rate * self._images}
         shown = "  ".join(f"{name} {value:.4g}" for name, value in row.items())
-        self._say(f"epoch {update / self._epoch:.2f}  {update}/{self._updates}  {shown}  {left} left")
+        self._say(
+            f"epoch {update / self._epoch:.2f}  {update}/{self._updates}  {shown}  {left} left"
+        )
         self._write(update, row)
 
     def measures(self, update: int, measures: Mapping[str, float]) -> None:
         """Tell what a validation found."""
         shown = "  ".join(f"{name} {value:.4g}" for name, value in measures.items())
-        self._say(f"epoch {update / self._epoch:.2f}  {update}/{self._updates}  validation: {shown}")
+        self._say(
+            f"epoch {update / self._epoch:.2f}  {update}/{self._updates}  validation: {shown}"
+        )
         self._write(update, {f"val_{name}": value for name, value in measures.items()})
 
-    def unreadable(self, update: int | None, failures: Sequence[tuple[str, str]]) -> None:
+    def unreadable(self, update: int, failures: Sequence[tuple[str, str]]) -> None:
         """Name each image that cannot be read, once."""
         for name, why in failures:
             if name not in self._named:
@@ -115,7 +119,9 @@ class Log:
         if self._folder is None:
             return
         for name, value in row.items():
-            self._folder.log({"update": update, "epoch": update / self._epoch, "name": name, "value": value})
+            self._folder.log(
+                {"update": update, "epoch": update / self._epoch, "name": name, "value": value}
+            )
             if self._board is not None:
                 self._board.add_scalar(name, value, update)
 

@@ -177,7 +177,9 @@ class _Folder(Source):
         try:
             classes, numbers = find_classes(str(folder))
         except FileNotFoundError as error:
-            raise ValueError(f"data.root: expected {folder} with a folder for each class") from error
+            raise ValueError(
+                f"data.root: expected {folder} with a folder for each class"
+            ) from error
         self._samples = make_dataset(str(folder), numbers, IMG_EXTENSIONS, allow_empty=True)
         empty = sorted({*classes} - {classes[number] for _, number in self._samples})
         if empty:
@@ -217,7 +219,9 @@ class _Digits(Source):
 
         parts = dict(zip(("train", "val"), digits(), strict=True))
         if split not in parts:
-            raise ValueError(f"data.{'val' if seed is None else 'train'}: expected train or val, got {split!r}")
+            raise ValueError(
+                f"data.{'val' if seed is None else 'train'}: expected train or val, got {split!r}"
+            )
         self._digits = parts[split]
         self.names = [f"digit {i} of {split}" for i in range(len(self._digits.labels))]
         self.classes = tuple(map(str, range(10)))
@@ -240,7 +244,9 @@ def _hugging_face(data: DataConfig, name: str, split: str, seed: int | None) -> 
     except Exception as error:  # of any of the libraries beneath
         raise ValueError(f"data.source: {data.source}: {_first_line(error)}") from error
     table = _Table(found, data)
-    return _TableStream(table, split, data, seed) if data.stream else _TableSource(table, split, data)
+    return (
+        _TableStream(table, split, data, seed) if data.stream else _TableSource(table, split, data)
+    )
 
 
 def _webdataset(data: DataConfig, name: str, split: str, seed: int | None) -> Stream:

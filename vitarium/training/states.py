@@ -16,7 +16,6 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 _WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
@@ -106,7 +105,7 @@ class Average:
             value.copy_(self.values[name])
             self.values[name].copy_(kept)
 
-    def restore(self, model: nn.Module, values: dict[str, Tensor]) -> None:
+    def restore(self, model: nn.Module, values: dict[str, Any]) -> None:
         """Put back values as `model_state` gave them inside `applied`."""
         with self.applied(model):
             if isinstance(model, FSDPModule):

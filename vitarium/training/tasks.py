@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Generic, TypeVar
 
 import timm
 import torch
 import torch.nn.functional as F
 from timm.data import Mixup, resolve_data_config
-from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
+from timm.loss import BinaryCrossEntropy, SoftTargetCrossEntropy
 from torch import Tensor, nn
 
-from vitarium import checkpoints
 from vitarium.training.config import (
     ClassificationConfig,
     Config,
     LossConfig,
 )
 from vitarium.training.data import Batch, Layout, Transform
-from vitarium.training.sources import Source, Stream, open_sources
+from vitarium.training.sources import open_sources
 from vitarium.training.transforms import ClassTransform, Preprocessing
 
 _Config = TypeVar("_Config", bound=Config)
@@ -81,6 +80,10 @@ class Task(ABC, Generic[_Config]):
         """Of the model's tensors those of `trained`, by its names."""
         return tensors
 
+    def row(self, measures: Mapping[str, float]) -> dict[str, Any]:
+        """Measures as a line of a table of results."""
+        return {"model": self.config.model.name, **measures}
+
     def validation_layout(self, layout: Layout) -> Layout:
         """How many images are validated at a time."""
         return layout
@@ -121,6 +124,9 @@ class Classification(Task[ClassificationConfig]):
     def measures(self, counts: Tensor) -> dict[str, float]:
         return classification_measures(counts)
 
+    def row(self, measures: Mapping[str, float]) -> dict[str, Any]:
+        return classification_row(self, measures)
+
 
 def create_classifier(config: Config, num_classes: int) -> nn.Module:
     """The model of a config's section, with the data's classes.
@@ -154,7 +160,7 @@ def preprocessing(model: nn.Module, augment: Any) -> Preprocessing:
 
 
 def mixing(loss: LossConfig, num_classes: int) -> Mixup | None:
-    """timm's mixup and cutmix of a batch; draws from NumPy's generator."""
+    """Timm's mixup and cutmix of a batch; draws from NumPy's generator."""
     if not loss.mixup and not loss.cutmix:
         return None
     return Mixup(
@@ -168,7 +174,7 @@ def mixing(loss: LossConfig, num_classes: int) -> Mixup | None:
 
 
 def classification_loss(loss: LossConfig) -> Callable[[Tensor, Tensor], Tensor]:
-    """timm's loss of logits [B, classes] and targets, numbers or mixed ones."""
+    """Timm's loss of logits [B, classes] and targets, numbers or mixed ones."""
     mixed = bool(loss.mixup or loss.cutmix)
     if loss.kind == "bce":
         return BinaryCrossEntropy(smoothing=0.0 if mixed else loss.label_smoothing)
@@ -182,7 +188,9 @@ def classification_counts(logits: Tensor, targets: Tensor) -> Tensor:
     guesses = logits.topk(min(5, logits.shape[1])).indices == targets[:, None]
     loss = F.cross_entropy(logits.float(), targets, reduction="sum")
     counts = [len(targets), guesses[:, 0].sum(), guesses.sum(), loss]
-    return torch.stack([torch.as_tensor(x, dtype=torch.float64, device=logits.device) for x in counts])
+    return torch.stack(
+        [torch.as_tensor(x, dtype=torch.float64, device=logits.device) for x in counts]
+    )
 
 
 def classification_measures(counts: Tensor) -> dict[str, float]:
@@ -195,6 +203,26 @@ def classification_measures(counts: Tensor) -> dict[str, float]:
         "top5": 100 * top5 / images,
         "loss": loss / images,
         "images": images,
+    }
+
+
+def classification_row(task: Task[Any], measures: Mapping[str, float]) -> dict[str, Any]:
+    """The columns of timm's results files, and the loss."""
+    config = task.config
+    expected = preprocessing(task.model, config.augment)
+    top1, top5 = measures["top1"], measures["top5"]
+    return {
+        "model": config.model.name,
+        "top1": round(top1, 3),
+        "top1_err": round(100 - top1, 3),
+        "top5": round(top5, 3),
+        "top5_err": round(100 - top5, 3),
+        "param_count": round(sum(p.numel() for p in task.model.parameters()) / 1e6, 2),
+        "img_size": config.data.image_size[-1],
+        "crop_pct": expected.crop_pct,
+        "interpolation": config.augment.interpolation,
+        "loss": measures["loss"],
+        "images": int(measures["images"]),
     }
 
 

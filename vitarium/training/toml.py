@@ -12,7 +12,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from vitarium.training.config import TASKS, Config
+from vitarium.training.config import TASKS, AugmentConfig, Config, LossConfig
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -128,8 +128,9 @@ def _value(hint: Any, value: Any, where: str, name: str) -> Any:
                 _value(kind, x, where, f"{name}[{i}]")
                 for i, (kind, x) in enumerate(zip(inner, value, strict=True))
             )
-    elif hint is float and type(value) in (int, float) and math.isfinite(value):
-        return float(value)
+    elif hint is float:
+        if type(value) in (int, float) and math.isfinite(value):
+            return float(value)
     elif type(value) is hint:
         return value
     raise ValueError(f"{where}: {name}: expected {_words(hint)}, got {value!r}")
@@ -180,10 +181,16 @@ def _check(config: Config, where: str) -> None:
     expect(config.optimizer.lr > 0, "optimizer.lr", "more than 0", config.optimizer.lr)
     expect(0 <= config.seed < 2**31, "seed", "0 ... 2**31 - 1", config.seed)
     augment = getattr(config, "augment", None)
-    if getattr(augment, "auto_augment", None) is not None:
-        expect(not augment.color_jitter, "augment.color_jitter", "0 beside auto_augment", augment.color_jitter)
-    if getattr(augment, "crop", None) == "resize":
-        expect(augment.interpolation != "random", "augment.interpolation", "bilinear or bicubic with resize", "random")
+    if isinstance(augment, AugmentConfig):
+        jitter, mode = augment.color_jitter, augment.interpolation
+        alone = augment.auto_augment is None or not jitter  # timm drops one of them
+        expect(alone, "augment.color_jitter", "0 beside auto_augment", jitter)
+        fixed = augment.crop != "resize" or mode != "random"
+        expect(fixed, "augment.interpolation", "bilinear or bicubic with crop resize", mode)
+    loss = getattr(config, "loss", None)
+    if isinstance(loss, LossConfig) and (loss.mixup or loss.cutmix):
+        even = train.batch_size % 2 == 0  # timm mixes a batch with its reverse
+        expect(even, "train.batch_size", "an even number with mixup", train.batch_size)
     if config.ema is not None:
         expect(0 < config.ema.decay < 1, "ema.decay", "a share in (0, 1)", config.ema.decay)
 

@@ -65,7 +65,7 @@ class ClassTransform:
             scale=augment.scale,
             ratio=augment.ratio,
             hflip=augment.hflip,
-            color_jitter=augment.color_jitter or None,
+            color_jitter=augment.color_jitter,
             auto_augment=augment.auto_augment,
             re_prob=augment.random_erasing,
             re_mode="pixel",

@@ -1,0 +1,59 @@
+"""`vitarium test`: validate what `vitarium train` trained, or any other weights for its config."""
+
+from __future__ import annotations
+
+import csv
+import json
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+from vitarium.tools.train import chosen
+
+
+def run(args: Namespace) -> int:
+    """Print the measures, for a classifier in the columns of timm's validate.py.
+
+    Raises:
+        ValueError: the config, or what it names, does not fit, or there are no weights.
+        OSError: the results cannot be written.
+    """
+    config, name = chosen(args.config, args.set)
+    from vitarium.training.engine import Engine
+
+    engine = Engine(config, args.device)
+    try:
+        best = Path(args.output or f"outputs/{name}") / "best.safetensors"
+        if args.checkpoint is not None:
+            engine.load(args.checkpoint)
+        elif best.exists():
+            engine.load(best)
+        elif not config.model.pretrained and config.model.checkpoint is None:
+            raise ValueError(f"--checkpoint: expected weights, {best} is not there")
+        row = engine.row(engine.test())
+        if engine.main:
+            _show(row, args)
+    finally:
+        engine.close()
+    return 0
+
+
+def _show(row: dict[str, Any], args: Namespace) -> None:
+    if args.json:
+        print(json.dumps(row, indent=2))
+    else:
+        width = max(map(len, row))
+        for key, value in row.items():
+            print(
+                f"{key:{width}}  {value:.6g}"
+                if isinstance(value, float)
+                else f"{key:{width}}  {value}"
+            )
+    if args.csv is not None:
+        path = Path(args.csv)
+        part = path.with_name(path.name + ".part")
+        with part.open("w", encoding="utf-8", newline="") as file:
+            writer = csv.DictWriter(file, [*row], lineterminator="\n")
+            writer.writeheader()
+            writer.writerow(row)
+        part.replace(path)
