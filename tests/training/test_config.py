@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import tomllib
-
 import pytest
+import tomllib
 
 from vitarium.training.toml import differences, dump_config, load_config, parse_config
 

@@ -21,8 +21,7 @@ def run(args: Namespace) -> int:
     config, name = chosen(args.config, args.set)
     from vitarium.training.engine import Engine
 
-    engine = Engine(config, args.device)
-    try:
+    with Engine(config, args.device) as engine:
         best = Path(args.output or f"outputs/{name}") / "best.safetensors"
         if args.checkpoint is not None:
             engine.load(args.checkpoint)
@@ -33,8 +32,6 @@ def run(args: Namespace) -> int:
         row = engine.row(engine.test())
         if engine.main:
             _show(row, args)
-    finally:
-        engine.close()
     return 0
 
 

@@ -24,14 +24,11 @@ def run(args: Namespace) -> int:
     from vitarium.training.engine import Engine
 
     output = Path(args.output or f"outputs/{name}")
-    engine = Engine(config, args.device)
-    try:
+    with Engine(config, args.device) as engine:
         measures = engine.train(output, args.resume)
         if engine.main:
             print("  ".join(f"{key} {value:.6g}" for key, value in measures.items()))
             print(f"wrote {output}")
-    finally:
-        engine.close()
     return 0
 
 

@@ -37,6 +37,8 @@ _SCHEDULES = {"cosine": "cosine", "poly": "poly", "step": "multistep", "constant
 class Engine:
     """A config brought to life on this process' device, beside the other processes.
 
+    To be used in a ``with`` statement, which leaves their group in the end.
+
     Args:
         config: the run.
         device: ``cpu`` or ``cuda``; None for CUDA where there is one.
@@ -78,9 +80,16 @@ class Engine:
         self._model = self._task.model.to(self._device).to(memory_format=self._format)
         self._average: Average | None = None
 
-    def close(self) -> None:
-        """Leave the group of processes."""
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        """Leave the group of processes; another engine may follow, of another precision."""
+        from accelerate.state import AcceleratorState
+
+        torch.use_deterministic_algorithms(False)
         self._accelerator.end_training()
+        AcceleratorState._reset_state(reset_partial_state=True)
 
     def load(self, checkpoint: str | Path) -> None:
         """Take weights from a file: of the model, or of the part of it that is trained.

@@ -1,0 +1,272 @@
+"""Runs: steps, averages, snapshots, interruptions, several processes."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from vitarium.training.engine import Engine, create_optimizer, create_scheduler
+from vitarium.training.snapshots import Snapshots
+from vitarium.training.toml import dump_config
+
+pytest.importorskip("accelerate")
+
+
+def run(config, output, resume=False):
+    with Engine(config, "cpu") as engine:
+        return engine.train(output, resume)
+
+
+def equal(one, two):
+    """Whether two runs ended with the same weights."""
+    a, b = (load_file(Path(folder) / "last.safetensors") for folder in (one, two))
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory):
+    """Runs by their changes to the config, each made once."""
+    made = {}
+
+    def make(make_config, **changes):
+        key = str(sorted(changes.items()))
+        if key not in made:
+            made[key] = tmp_path_factory.mktemp("unbroken") / "run"
+            run(make_config(**changes), made[key])
+        return made[key]
+
+    return make
+
+
+def test_it_learns_and_leaves_what_it_should(make_config, tmp_path):
+    config = make_config(schedule__updates=40, optimizer__lr=2e-3, train__tensorboard=True)
+    measures = run(config, tmp_path / "run")
+    assert measures["top1"] > 60
+    assert measures["images"] == 15
+    folder = tmp_path / "run"
+    names = {path.name for path in folder.iterdir()}
+    assert names == {
+        *("config.toml", "run.json", "log.csv", "best.safetensors", "last.safetensors"),
+        *("snapshots", "tensorboard"),
+    }
+    assert (folder / "config.toml").read_text() == dump_config(config)
+    assert len([*(folder / "snapshots").iterdir()]) == config.train.keep
+    lines = (folder / "log.csv").read_text().splitlines()
+    assert lines[0] == "update,epoch,name,value"
+    assert [*(folder / "tensorboard").iterdir()]
+    losses = [float(line.split(",")[3]) for line in lines if line.split(",")[2] == "loss"]
+    assert losses[-1] < losses[0]
+
+
+CHANGES = {
+    "plain": {},
+    "mixup": {"loss__mixup": 0.4, "loss__cutmix": 1.0, "loss__label_smoothing": 0.1},
+    "accumulation": {"train__accumulation": 2, "train__precision": "bf16"},
+    "drop path": {"model__drop_path_rate": 0.3, "ema": None, "optimizer__layer_decay": 0.7},
+    "workers": {"data__workers": 2},
+}
+
+
+@pytest.mark.parametrize("changes", CHANGES.values(), ids=CHANGES)
+def test_a_resumed_run_ends_like_an_unbroken_one(make_config, tmp_path, unbroken, changes):
+    config = make_config(**changes)
+    whole = unbroken(make_config, **changes)
+    broken = tmp_path / "broken"
+    shutil.copytree(whole, broken)
+    for path in (broken / "snapshots").iterdir():
+        path.unlink()
+    # Stopped by a signal in the middle, as Ctrl-C and Slurm do it.
+    shutil.rmtree(broken)
+    stop_after(4, lambda: run(config, broken))
+    with (broken / "log.csv").open("a") as file:
+        file.write("8,1.33333,loss,0.1\n9,1.5,lo")  # as a killed process leaves it
+    run(config, broken, resume=True)
+    assert equal(broken, whole)
+    logs = [(folder / "log.csv").read_text().splitlines() for folder in (broken, whole)]
+    kept = [[x for x in log if "images_per_second" not in x] for log in logs]
+    assert kept[0] == kept[1]
+
+
+def stop_after(update, call):
+    """Send SIGINT once an update has been made."""
+    steps = []
+    step = Engine._step
+
+    def counted(self, *args):
+        steps.append(None)
+        if len(steps) == update:
+            signal.raise_signal(signal.SIGINT)
+        return step(self, *args)
+
+    Engine._step = counted
+    try:
+        with pytest.raises(KeyboardInterrupt, match=f"interrupted after update {update} of"):
+            call()
+    finally:
+        Engine._step = step
+
+
+def test_a_damaged_snapshot_is_passed_over(make_config, tmp_path, unbroken):
+    config, whole = make_config(), unbroken(make_config)
+    broken = tmp_path / "broken"
+    stop_after(5, lambda: run(config, broken))
+    newest = broken / "snapshots" / "step-000000005.pt"
+    newest.write_bytes(newest.read_bytes()[:-1000])
+    with pytest.warns(UserWarning, match=r"passed over: .*step-000000005.pt"):
+        run(config, broken, resume=True)
+    assert equal(broken, whole)
+
+
+def test_a_run_killed_before_its_first_snapshot_begins_again(make_config, tmp_path, unbroken):
+    config, whole = make_config(), unbroken(make_config)
+    broken = tmp_path / "broken"
+    stop_after(1, lambda: run(config, broken))
+    shutil.rmtree(broken / "snapshots")
+    run(config, broken, resume=True)
+    assert equal(broken, whole)
+
+
+def test_folders_are_not_mixed_up(make_config, tmp_path, unbroken):
+    whole = unbroken(make_config)
+    with pytest.raises(ValueError, match="holds a run already; --resume goes on"):
+        run(make_config(), whole)
+    with pytest.raises(ValueError, match="expected a run to go on with, found none"):
+        run(make_config(), tmp_path / "nothing", resume=True)
+    with pytest.raises(ValueError, match=r"another config: optimizer.lr was 0.001, is 0.002"):
+        run(make_config(optimizer__lr=0.002), whole, resume=True)
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    with pytest.raises(ValueError, match="file"):
+        run(make_config(), blocked / "run")
+
+
+def test_a_finished_run_is_finished(make_config, tmp_path, unbroken):
+    whole = unbroken(make_config)
+    before = (whole / "last.safetensors").read_bytes()
+    run(make_config(data__workers=1), whole, resume=True)
+    assert (whole / "last.safetensors").read_bytes() == before
+
+
+def test_snapshots_survive_a_full_disk(tmp_path, monkeypatch):
+    snapshots = Snapshots(tmp_path, keep=1)
+    snapshots.save(1, {"update": 1, "model": {"x": torch.ones(3)}})
+
+    def full(content, file):
+        file.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(OSError, match="No space"):
+        snapshots.save(2, {"update": 2})
+    assert [path.name for path in tmp_path.iterdir()] == ["step-000000001.pt"]
+    assert snapshots.newest()["update"] == 1
+
+
+def test_no_whole_snapshot_is_an_error(tmp_path):
+    snapshots = Snapshots(tmp_path, keep=3)
+    assert snapshots.newest() is None
+    (tmp_path / "step-000000001.pt").write_bytes(b"")
+    with pytest.warns(UserWarning, match="passed over"), pytest.raises(ValueError, match="all are"):
+        snapshots.newest()
+
+
+def test_a_loss_that_is_not_finite_stops_before_it_is_saved(make_config, tmp_path):
+    with pytest.raises(ValueError, match="loss: expected a finite number"):
+        run(make_config(optimizer__lr=1e30, optimizer__clip_grad=None), tmp_path / "run")
+    for path in (tmp_path / "run" / "snapshots").glob("*"):
+        content = torch.load(path, weights_only=True)
+        assert all(x.isfinite().all() for x in content["model"].values())
+
+
+def test_bad_images_are_named_once(make_config, colours, tmp_path, capsys):
+    root = tmp_path / "data"
+    shutil.copytree(colours, root)
+    bad = root / "train" / "red" / "3.png"
+    bad.write_bytes(bad.read_bytes()[:100])
+    config = make_config(data__root=str(root))
+    run(config, tmp_path / "run")
+    assert capsys.readouterr().err.count(str(bad)) == 1
+    rows = (tmp_path / "run" / "unreadable.csv").read_text().splitlines()
+    assert len(rows) == 2
+    assert str(bad) in rows[1]
+    with pytest.raises(ValueError, match=r"3.png: cannot read this image"):
+        run(make_config(data__root=str(root), data__strict=True), tmp_path / "strict")
+
+
+def test_rates_follow_the_batch_and_the_schedule(make_config):
+    config = make_config(
+        optimizer__lr_batch=8, schedule__warmup_lr=1e-4, schedule__min_lr=2e-4, schedule__updates=10
+    )
+    model = torch.nn.Linear(2, 2)
+    optimizer = create_optimizer(config, model, images=16)
+    scheduler = create_scheduler(config, optimizer, images=16, updates=10, epoch=5.0)
+    rates = []
+    for update in range(11):
+        scheduler.step_update(update)
+        rates.append(optimizer.param_groups[0]["lr"])
+    assert rates[0] == pytest.approx(2e-4)
+    assert rates[1] == pytest.approx(1.1e-3)
+    assert max(rates) == rates[2] <= 2e-3
+    assert rates[10] == pytest.approx(4e-4)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"optimizer__name": "adamww"}, "optimizer.name: .*adamww not found"),
+        ({"optimizer__momentum": 0.9}, "optimizer.momentum: adamw has none"),
+        ({"optimizer__name": "sgd", "optimizer__betas": [0.9, 0.9]}, "optimizer.betas: sgd has"),
+        ({"train__parallel": "fsdp2"}, "train.parallel: expected ddp for a single process"),
+    ],
+)
+def test_what_does_not_fit_is_said_before_the_first_step(make_config, tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        run(make_config(**changes), tmp_path / "run")
+
+
+LAUNCH = """
+import sys, torch
+torch.set_num_threads(1)
+from vitarium.training.engine import Engine
+from vitarium.training.toml import load_config
+with Engine(load_config(sys.argv[1]), "cpu") as engine:
+    engine.train(sys.argv[2], len(sys.argv) > 3)
+"""
+
+
+def launch(config, folder, *args, processes=2):
+    """Train in processes of torchrun's."""
+    folder.mkdir(exist_ok=True)
+    (folder / "config.toml").write_text(dump_config(config))
+    (folder / "launch.py").write_text(LAUNCH)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc_per_node", str(processes), str(folder / "launch.py")]
+    command += [str(folder / "config.toml"), str(folder / "run"), *args]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
+    assert result.returncode == 0, result.stderr
+    return folder / "run"
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp2"])
+def test_two_processes_equal_one_that_accumulates(make_config, tmp_path, parallel):
+    changes = {"train__batch_size": 2, "schedule__updates": 5}
+    alone = tmp_path / "alone"
+    run(make_config(train__accumulation=2, **changes), alone)
+    together = launch(make_config(train__parallel=parallel, **changes), tmp_path / "two")
+    if parallel == "ddp":
+        assert equal(alone, together)
+    else:  # sums in another order
+        a, b = (load_file(folder / "last.safetensors") for folder in (alone, together))
+        for name in a:
+            torch.testing.assert_close(b[name], a[name], atol=1e-5, rtol=1e-4)
+    again = launch(make_config(train__parallel=parallel, **changes), tmp_path / "two", "--resume")
+    assert again == together
