@@ -20,8 +20,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import vitarium
-from vitarium.backbones._registry import entries
-from vitarium.checkpoints.conversion import DETECTOR, NONE_STATED, Conversion, released
+from vitarium.backbones._registry import entries, released
+from vitarium.checkpoints.conversion import DETECTOR, NONE_STATED, Conversion
 from vitarium.checkpoints.disk import digest, rename, sync
 from vitarium.checkpoints.weights import Weight
 

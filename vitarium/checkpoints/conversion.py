@@ -20,11 +20,10 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from vitarium.backbones._nat_transformers import to_transformers
-from vitarium.backbones._registry import entries
+from vitarium.backbones._registry import entries, released
 from vitarium.checkpoints.errors import CheckpointError
 from vitarium.checkpoints.files import read
 from vitarium.checkpoints.loading import Report, compare, convert
-from vitarium.checkpoints.weights import Weight
 from vitarium.checkpoints.wrappers import split_detector, unwrap_layers
 from vitarium.heads.features import FeatureBackbone
 
@@ -324,12 +323,6 @@ class _Target:
         assert not theirs.keys() & constants.keys()
         outer = "" if self.task is None else DETECTOR
         return {outer + name: tensor for name, tensor in {**theirs, **constants}.items()}
-
-
-def released(entry: str) -> dict[str, Weight]:
-    """The released files of an entry, by ``entry.tag``."""
-    weights: Mapping[str, Weight] = getattr(entries()[entry], "_WEIGHTS", {})
-    return {name: x for name, x in weights.items() if name.partition(".")[0] == entry}
 
 
 class _Provenance(TorchFunctionMode):
