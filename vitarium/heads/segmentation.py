@@ -675,7 +675,7 @@ class MeanIoU:
         self.confusion.zero_()
 
 
-_RENAMES = Renames(  # in mmsegmentation a Semantic FPN's neck is no part of its head
+RENAMES = Renames(  # in mmsegmentation a Semantic FPN's neck is no part of its head
     [
         ("neck.lateral_convs.{i}.conv.", "decode_head.neck.inner_blocks.{i}.0."),
         ("neck.fpn_convs.{i}.conv.", "decode_head.neck.layer_blocks.{i}.0."),
@@ -691,7 +691,7 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Tensor], model: nn.Module) -> 
     heads = {k: x for k, x in state_dict.items() if not k.startswith(_BACKBONE)}
     converted = checkpoints.convert(inner, model.backbone)
     found = {_BACKBONE + name: tensor for name, tensor in converted.items()}
-    return found | _RENAMES.to_ours(heads, model)
+    return found | RENAMES.to_ours(heads, model)
 
 
 def _classifier(channels: int, num_classes: int) -> nn.Conv2d:
