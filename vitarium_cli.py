@@ -417,6 +417,11 @@ def _convert_arguments(parser: argparse.ArgumentParser) -> None:
         help="the backbone of detection or segmentation (default: the classifier)",
     )
     parser.add_argument(
+        "--head",
+        choices=("upernet", "semantic_fpn"),
+        help="the whole segmenter, with this head (default: its backbone)",
+    )
+    parser.add_argument(
         "--wrapper",
         metavar="W",
         help="where IN holds its tensors: plain, model, state_dict, model_ema, state_dict_ema"

@@ -73,6 +73,12 @@ def entries() -> dict[str, ModuleType]:
     return {name: sys.modules[module] for name, module in sorted(_entries.items())}
 
 
+def released(entry: str) -> dict[str, Weight]:
+    """The released files of an entry, by ``entry.tag``; none of a model that is not vitarium's."""
+    weights: Mapping[str, Weight] = getattr(entries().get(entry), "_WEIGHTS", {})
+    return {name: x for name, x in weights.items() if name.partition(".")[0] == entry}
+
+
 def register(fn: _Entry) -> _Entry:
     """Enter a model function into timm's registry, unless timm itself has a model of that name.
 

@@ -20,8 +20,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import vitarium
-from vitarium.backbones._registry import entries
-from vitarium.checkpoints.conversion import DETECTOR, NONE_STATED, Conversion, released
+from vitarium.backbones._registry import entries, released
+from vitarium.checkpoints.conversion import DETECTOR, NONE_STATED, Conversion
 from vitarium.checkpoints.disk import digest, rename, sync
 from vitarium.checkpoints.weights import Weight
 
@@ -89,7 +89,7 @@ def write(
     tag = conversion.tag or _tag_of(conversion.entry, sha256)
     wrapper = _wrapper(conversion, tag) if pickled else None
     around = [] if wrapper is None else [wrapper]
-    if conversion.to == "authors" and conversion.task is not None:
+    if conversion.to == "authors" and conversion.task is not None and conversion.head is None:
         around.append(DETECTOR)
     with _replacing(card_path(out)) as card_part, _replacing(out) as part:
         try:
@@ -109,6 +109,7 @@ def write(
             "entry": conversion.entry,
             "tag": tag,
             "task": conversion.task,
+            "head": conversion.head,
             "to": conversion.to,
             "img_size": conversion.img_size,
             "source": _described(source.name, source, sha256) | {"wrapper": conversion.wrapper},
@@ -184,7 +185,8 @@ def _tag_of(entry: str, sha256: str) -> str | None:
 def _licence(conversion: Conversion, tag: str | None) -> dict[str, Any]:
     """What the registry states, and for which files: all of a kind, where the tag is not known."""
     entry, task = conversion.entry, conversion.task
-    kind = task if task is not None and DETECTOR in conversion.wrapper else "cls"
+    whole = conversion.head is not None or DETECTOR in conversion.wrapper
+    kind = task if task is not None and whole else "cls"
     stated = {
         name: weight
         for name, weight in released(entry).items()

@@ -20,17 +20,18 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from vitarium.backbones._nat_transformers import to_transformers
-from vitarium.backbones._registry import entries
+from vitarium.backbones._registry import entries, released
 from vitarium.checkpoints.errors import CheckpointError
 from vitarium.checkpoints.files import read
 from vitarium.checkpoints.loading import Report, compare, convert
-from vitarium.checkpoints.weights import Weight
 from vitarium.checkpoints.wrappers import split_detector, unwrap_layers
 from vitarium.heads.features import FeatureBackbone
+from vitarium.heads.segmentation import HEADS, RENAMES, Segmenter
 
 _DIRECTIONS = ("ours", "authors", "transformers")
 DETECTOR = "backbone."
-_INNER = "model."
+# Of the family's names in ours: with a task and with a head, or without.
+_PREFIXES = {(False, False): "", (True, False): "model.", (True, True): "backbone.model."}
 NONE_STATED = "none stated"
 
 Size = tuple[int, int]
@@ -54,6 +55,7 @@ class Conversion:
         tag: of the released file, where the caller said it.
         to: ``ours``, ``authors`` or ``transformers``.
         task: ``det``, ``seg`` or None.
+        head: ``upernet`` or ``semantic_fpn`` of a whole segmenter, or None.
         img_size: (H, W) in pixels that was asked for, or None.
         wrapper: what was taken off around the tensors, keys and prefixes, the outermost first.
         tensors: the result, by name; where something does not fit, what does, in our names.
@@ -71,6 +73,7 @@ class Conversion:
     tag: str | None
     to: str
     task: str | None
+    head: str | None
     img_size: Size | None
     wrapper: tuple[str, ...]
     tensors: Mapping[str, Tensor]
@@ -86,7 +89,9 @@ class Conversion:
         """Why this cannot be written, or None."""
         if not self.report.whole:
             hint = ""
-            if self.task is None and DETECTOR in self.wrapper:
+            if self.head is not None:
+                hint = f" with {self.head}"
+            elif self.task is None and DETECTOR in self.wrapper:
                 hint = ", which is a classifier; a detector's backbone needs a task, det or seg"
             return f"the checkpoint does not fit {self.entry}{hint}: {self.report}"
         if self.resized and not self.may_resize:
@@ -110,6 +115,7 @@ class Conversion:
             "entry": self.entry,
             "to": self.to,
             "task": self.task,
+            "head": self.head,
             "wrapper": list(self.wrapper),
             "fits": self.fault is None,
             "fault": self.fault,
@@ -139,6 +145,7 @@ def plan(
     *,
     to: str = "ours",
     task: str | None = None,
+    head: str | None = None,
     wrapper: str | None = None,
     img_size: Size | None = None,
     resize: bool = False,
@@ -154,6 +161,8 @@ def plan(
             ``transformers``.
         task: ``det`` or ``seg`` for the names of ``FeatureBackbone(entry, task=task)``; None for
             the classifier's, or for what the tag says.
+        head: ``upernet`` or ``semantic_fpn`` for the names of ``Segmenter(entry, head=head,
+            task="seg")``, whose numbers of classes and channels the checkpoint says.
         wrapper: where the tensors are instead of searching, see `unwrap`.
         img_size: (H, W) in pixels for which tables of positions are to be made.
         resize: whether tables may be resized to the entry's own size of images or windows.
@@ -163,26 +172,29 @@ def plan(
         The conversion; its ``fault`` says what does not fit.
 
     Raises:
-        ValueError: an unknown entry, tag, layout, task or wrapper, one that the entry does not
-            have, a size that it cannot have or that changes nothing, or ``num_classes`` together
-            with a task.
+        ValueError: an unknown entry, tag, layout, task, head or wrapper, one that the entry does
+            not have, a size that it cannot have or that changes nothing, ``num_classes`` together
+            with a task, or a head with another task or layout than its own.
         CheckpointError: the file cannot be read, or its tensors cannot be converted.
     """
-    target = _Target.of(entry, to, task, img_size, num_classes)
+    target = _Target.of(entry, to, task, head, img_size, num_classes)
     model = target.build()
     if img_size is not None:
         target.require_effect(img_size)
     try:
         obj = source if isinstance(source, Mapping) else read(source, mmap=True)
         found, layers = unwrap_layers(obj, wrapper)
-        if any(name.startswith(DETECTOR) for name in found):
-            layers = (*layers, DETECTOR)
-        backbone, dropped = split_detector(found)
+        dropped: dict[str, str] = {}
+        if head is None:
+            if any(name.startswith(DETECTOR) for name in found):
+                layers = (*layers, DETECTOR)
+            found, dropped = split_detector(found)
         # Tensors of their own: the same one may stand behind two names.
-        state_dict = {name: tensor.detach() for name, tensor in backbone.items()}
+        state_dict = {name: tensor.detach() for name, tensor in found.items()}
         for name, tensor in state_dict.items():
             if tensor.is_meta:
                 raise CheckpointError(f"{name} is without data")
+        model = target.sized(model, state_dict)
         with _Provenance(state_dict) as sources:
             converted = convert(state_dict, model)
     except CheckpointError as error:
@@ -206,6 +218,7 @@ def plan(
         tag=target.tag,
         to=target.to,
         task=target.task,
+        head=head,
         img_size=img_size,
         wrapper=layers,
         tensors=tensors,
@@ -226,6 +239,7 @@ class _Target:
     tag: str | None
     to: str
     task: str | None
+    head: str | None
     img_size: Size | None
     num_classes: int | None
 
@@ -235,6 +249,7 @@ class _Target:
         name: str,
         to: str,
         task: str | None,
+        head: str | None,
         img_size: Size | None,
         num_classes: int | None,
     ) -> _Target:
@@ -247,6 +262,12 @@ class _Target:
         weight = released(entry).get(name)
         if task is None and weight is not None and weight.task != "cls":
             task = weight.task
+        if head is not None:
+            if head not in HEADS:
+                raise ValueError(f"head: expected None or one of {(*HEADS,)}, got {head!r}")
+            task = task or "seg"
+        if head is not None and (task != "seg" or to == "transformers"):
+            raise ValueError(f"head: expected None with task {task!r} to {to}, got {head!r}")
         if num_classes is not None and (task is not None or num_classes < 0):
             expected = "no negative number" if task is None else "None with a task"
             raise ValueError(f"num_classes: expected {expected}, got {num_classes}")
@@ -263,7 +284,7 @@ class _Target:
                 f"img_size: expected None, no tensor of {entry} depends on the size of images, "
                 f"got {img_size}"
             )
-        return cls(entry, tag or None, to, task, img_size, num_classes)
+        return cls(entry, tag or None, to, task, head, img_size, num_classes)
 
     @property
     def family(self) -> ModuleType:
@@ -275,6 +296,9 @@ class _Target:
         name = tagged if tagged in get_arch_pretrained_cfgs(self.entry) else self.entry
         given = {"img_size": self.img_size, "num_classes": self.num_classes, **kwargs}
         given = {key: value for key, value in given.items() if value is not None}
+        if self.head is not None:
+            given = {"num_classes": 1, **given}
+            return Segmenter(name, head=self.head, task=self.task, device="meta", **given)
         if self.task is not None:
             return FeatureBackbone(name, task=self.task, device="meta", **given)
         return timm.create_model(name, device="meta", **given)
@@ -293,6 +317,18 @@ class _Target:
                 f"{height} x {width} pixels and more, got {img_size}"
             )
 
+    def sized(self, model: Any, state_dict: Mapping[str, Tensor]) -> Any:
+        """A segmenter with the checkpoint's numbers of classes and channels; others as they are."""
+        if self.head is None:
+            return model
+        classifiers = [state_dict.get(f"{x}_head.conv_seg.weight") for x in ("decode", "auxiliary")]
+        sizes = [None if x is None or x.ndim != 4 else x.shape[:2] for x in classifiers]
+        if sizes[0] is None or 0 in sizes[0]:
+            raise CheckpointError("expected a segmenter's decode_head.conv_seg.weight")
+        num_classes, channels = sizes[0]
+        auxiliary = 0 if sizes[1] is None else sizes[1][1]
+        return self.build(num_classes=num_classes, channels=channels, auxiliary_channels=auxiliary)
+
     def fitted(self, model: Any, converted: Mapping[str, Tensor]) -> tuple[Any, dict[str, str]]:
         """The model with the checkpoint's number of classes, and what it rightly ignores."""
         if self.task is not None:
@@ -308,28 +344,31 @@ class _Target:
         return model, {}
 
     def constants(self, model: Any) -> dict[str, Tensor]:
-        """What the authors store beside, by their names."""
-        found: dict[str, Tensor] = self.family._BUFFERS(model if self.task is None else model.model)
-        return found
+        """What the authors store beside, by the checkpoint's names."""
+        outer = "" if self.head is None else DETECTOR
+        return {outer + k: x for k, x in self.family._BUFFERS(self._inner(model)).items()}
+
+    def _inner(self, model: Any) -> Any:
+        """The family's model inside."""
+        if self.head is not None:
+            return model.backbone.model
+        return model if self.task is None else model.model
 
     def laid_out(self, state_dict: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
         """A state dict in our names as it is to be written."""
         if self.to == "ours":
             return state_dict
-        inner, prefix = (model, "") if self.task is None else (model.model, _INNER)
-        bare = {name.removeprefix(prefix): tensor for name, tensor in state_dict.items()}
+        prefix = _PREFIXES[self.task is not None, self.head is not None]
+        bare = {k.removeprefix(prefix): x for k, x in state_dict.items() if k.startswith(prefix)}
+        heads = {k: x for k, x in state_dict.items() if not k.startswith(prefix)}
+        inner = self._inner(model)
         if self.to == "transformers":
             return to_transformers(bare, inner)
-        theirs, constants = self.family._RENAMES.to_authors(bare), self.constants(model)
+        theirs, constants = self.family._RENAMES.to_authors(bare), self.family._BUFFERS(inner)
         assert not theirs.keys() & constants.keys()
         outer = "" if self.task is None else DETECTOR
-        return {outer + name: tensor for name, tensor in {**theirs, **constants}.items()}
-
-
-def released(entry: str) -> dict[str, Weight]:
-    """The released files of an entry, by ``entry.tag``."""
-    weights: Mapping[str, Weight] = getattr(entries()[entry], "_WEIGHTS", {})
-    return {name: x for name, x in weights.items() if name.partition(".")[0] == entry}
+        found = {outer + name: tensor for name, tensor in {**theirs, **constants}.items()}
+        return found | RENAMES.to_authors(heads)
 
 
 class _Provenance(TorchFunctionMode):

@@ -9,11 +9,11 @@ from typing import Any
 import timm
 from timm.layers import Format
 from timm.models._features import FeatureGetterNet
+from timm.models._manipulate import group_with_matcher
 from torch import Tensor, nn
 
 from vitarium import checkpoints
-from vitarium.backbones._registry import entries
-from vitarium.checkpoints import Weight
+from vitarium.backbones._registry import entries, released
 
 _TASKS = ("det", "seg")
 
@@ -42,6 +42,10 @@ class FeatureBackbone(nn.Module):
         channels: of each map.
         strides: of each map, in pixels; sizes are rounded up in vitarium's models.
         out_indices: of each map, none negative.
+        num_stages: how many maps the model has to choose from.
+        size_divisor: what a side of an image, in pixels, must be a multiple of for maps that cover
+            it: 1 for vitarium's models, which pad where they must; the last stride for timm's.
+        min_size: of the shorter side of an image, in pixels.
         pretrained_cfg: timm's description of the model's weights and of the images it expects.
 
     Raises:
@@ -66,7 +70,7 @@ class FeatureBackbone(nn.Module):
             raise ValueError(f"name: expected a model of vitarium or timm, got {name!r}")
         entry = name.partition(".")[0]
         family = entries().get(entry)
-        weight: Weight | None = getattr(family, "_WEIGHTS", {}).get(name)
+        weight = released(entry).get(name)
         if weight is not None and weight.task in _TASKS:
             if task not in (None, weight.task):
                 raise ValueError(f"task: expected None or {weight.task!r} of {name}, got {task!r}")
@@ -82,6 +86,8 @@ class FeatureBackbone(nn.Module):
         if task is not None and adapter is None:
             raise ValueError(f"task: expected None, {name} has no form of its own, got {task!r}")
         self._ignored: dict[str, str] = {}
+        self._groups: Any = None  # patterns of the stages' parameters
+        self._frozen = False
         model: Any
         if family is None:
             self.model = model = _timm_features(name, out_indices, model_kwargs)
@@ -92,6 +98,7 @@ class FeatureBackbone(nn.Module):
             if task is not None and adapt_kwargs is not None:
                 model_kwargs = adapt_kwargs(entry, task, model_kwargs)
             model = timm.create_model(name, **model_kwargs)
+            self._groups = model.group_matcher(coarse=True)
             info = model.feature_info
             self.out_indices = _ascending(name, out_indices, len(info))
             whole = {*model.state_dict(), f"{model.pretrained_cfg['classifier']}.*"}
@@ -105,6 +112,10 @@ class FeatureBackbone(nn.Module):
         self.pretrained_cfg: dict[str, Any] = model.pretrained_cfg
         self.channels = tuple(info[i]["num_chs"] for i in self.out_indices)
         self.strides = tuple(info[i]["reduction"] for i in self.out_indices)
+        self.num_stages = len(info)
+        self.size_divisor = max(self.strides) if family is None else 1
+        least = self.pretrained_cfg.get("min_input_size") or (3, 0, 0)
+        self.min_size = max(self.size_divisor, *least[1:])
         self._channels_last = _is_channels_last(name, self.model)
         if checkpoint is not None:
             checkpoints.load(self, checkpoint)
@@ -112,6 +123,53 @@ class FeatureBackbone(nn.Module):
     def checkpoint_ignore(self) -> dict[str, str]:
         """Names of tensors that a classifier's checkpoint has and this module needs not: why."""
         return self._ignored
+
+    def freeze(self, stages: int | bool) -> None:
+        """Let the first stages keep their parameters and statistics, in training too.
+
+        Args:
+            stages: how many of ``num_stages``, with all that comes before them; they are what
+                timm's ``group_matcher`` says. True for the whole backbone, also its norms.
+
+        Raises:
+            ValueError: more stages than the model has, or a negative number.
+        """
+        if not 0 <= stages <= self.num_stages:
+            raise ValueError(
+                f"freeze: expected True or 0 to {self.num_stages} stages, got {stages}"
+            )
+        frozen = self.parameters() if stages is True else self._first(int(stages))
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+        self._frozen = stages > 0
+        self.train(self.training)
+
+    def _first(self, stages: int) -> list[nn.Parameter]:
+        """Parameters of the stem and of the first stages; none for 0."""
+        if stages == 0:
+            return []
+        owner = next((m for m in self.model.modules() if hasattr(m, "group_matcher")), self.model)
+        groups = self._groups
+        if groups is None and owner is not self.model:
+            groups = owner.group_matcher(coarse=True)
+        if groups is not None:
+            named = group_with_matcher(owner.named_parameters(), groups, return_values=True)
+            return [p for group in range(stages + 1) for p in named[group]]
+        # timm's own list of modules, in the order in which they run; dots of names are replaced.
+        last = self.model.feature_info.info[stages - 1]["module"].replace(".", "_")
+        names = [name for name, _ in self.model.named_children()]
+        made = [*self.model.children()][: names.index(last) + 1]
+        return [p for module in made for p in module.parameters()]
+
+    def train(self, mode: bool = True) -> FeatureBackbone:
+        """Training mode, except for what is frozen."""
+        super().train(mode)
+        if mode and self._frozen:
+            for module in self.modules():
+                frozen = [not p.requires_grad for p in module.parameters()]
+                if frozen and all(frozen):
+                    module.eval()
+        return self
 
     def forward(self, x: Tensor) -> list[Tensor]:
         """Image [B, in_chans, H, W] -> maps [B, channels[i], H / strides[i], W / strides[i]]."""

@@ -43,6 +43,7 @@ def run(args: Namespace) -> int:
         args.source,
         to=args.to,
         task=args.task,
+        head=args.head,
         wrapper=args.wrapper,
         img_size=args.img_size,
         resize=args.resize,
@@ -69,7 +70,7 @@ def run(args: Namespace) -> int:
 def _show(report: dict[str, Any]) -> None:
     """Print how many names there are of each kind, and the first few."""
     wrapper = " ".join(report["wrapper"]) or "nothing"
-    task = f", {report['task']}" if report["task"] else ""
+    task = "".join(f", {report[key]}" for key in ("task", "head") if report[key])
     console = Console(markup=False, highlight=False, width=None if sys.stdout.isatty() else 140)
     console.print(
         f"{report['entry']}{task}, to {report['to']}; found around the tensors: {wrapper}"
