@@ -147,7 +147,9 @@ def _parser() -> argparse.ArgumentParser:
     _export_hub_arguments(command("export-hub", "a folder for timm's local-dir: and for a hub"))
     _bench_arguments(command("bench", "time ops, models and start-up, beside their peers"))
     _demo_arguments(command("demo", "classify digits, picture features and attention"))
-    _digits_arguments(command("digits", "train and test nat_atto on handwritten digits"))
+    _digits_arguments(
+        command("digits", "the embedded data: write it, train and test nat_atto on it")
+    )
     return parser
 
 
@@ -456,6 +458,15 @@ def _demo_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _digits_arguments(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
+    make = actions.add_parser("make", help="write digits and scenes of them, with boxes and masks")
+    make.add_argument("folder", metavar="DIR", help="a new folder, or an empty one")
+    text = "for training (default: 1000)"
+    make.add_argument("--scenes", type=_positive, default=1000, metavar="N", help=text)
+    text = "of held-out digits (default: 200)"
+    make.add_argument("--val", type=_positive, default=200, metavar="N", help=text)
+    text = "of a scene, in pixels (default: 160)"
+    make.add_argument("--size", type=_height_width, default=(160, 160), metavar="N|HxW", help=text)
+    make.add_argument("--seed", type=int, default=0, metavar="N", help="(default: 0)")
     train = actions.add_parser("train", help="train on all but the held-out digits")
     train.add_argument("--out", metavar="FILE", help="where the weights go")
     train.add_argument("--epochs", type=_positive, metavar="N", help="passes over the digits")

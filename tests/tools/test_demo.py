@@ -14,7 +14,8 @@ from PIL import Image
 from sklearn.datasets import load_sample_image
 
 import vitarium_cli
-from vitarium.tools import demo, digits
+from vitarium.data.digits import split
+from vitarium.tools import demo
 
 ROOT = Path(__file__).parents[2]
 
@@ -92,7 +93,7 @@ def red(file):
 
 
 def test_all_mistakes_are_shown_and_marked(tmp_path):
-    held_out = digits.split()[1]
+    held_out = split()[1]
     right = torch.nn.functional.one_hot(held_out.labels, 10) * 0.9
     wrong = right.roll(1, -1)
     shares = []
@@ -126,7 +127,7 @@ def test_the_next_commands_work_as_printed(shown):
     predicted, features, visualized, listed = (result.stdout for result in results)
     name, first, *_ = predicted.splitlines()
     assert name == str(Path("outputs") / "digit.png")
-    assert first.split()[1] == str(int(digits.split()[1].labels[0]))
+    assert first.split()[1] == str(int(split()[1].labels[0]))
     for text in (features, visualized):
         (picture,) = wrote(text, folder)
         assert picture.is_file()

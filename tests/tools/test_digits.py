@@ -20,8 +20,10 @@ from sklearn.neighbors import KNeighborsClassifier
 import vitarium_cli
 from vitarium.backbones import nat
 from vitarium.checkpoints import fetch, load
+from vitarium.data.digits import Digits, split
+from vitarium.data.folders import SceneSet, ensure
 from vitarium.tools import digits
-from vitarium.tools.digits import MODEL, Digits, Recipe
+from vitarium.tools.digits import MODEL, Recipe
 
 ROOT = Path(__file__).parents[2]
 SHIPPED = nat._WEIGHTS[MODEL]
@@ -36,18 +38,6 @@ def train(out):
 def trained(tmp_path_factory):
     """Weights after one epoch."""
     return train(tmp_path_factory.mktemp("digits") / "new" / "folder" / "one.safetensors")
-
-
-def test_the_last_360_are_held_out():
-    data = sklearn.datasets.load_digits()
-    training, held_out = digits.split()
-    for part, where in ((training, slice(0, 1437)), (held_out, slice(1437, 1797))):
-        assert part.labels.tolist() == data.target[where].tolist()
-        assert (part.pixels == data.data[where]).all()
-        shades = np.stack([np.asarray(picture) for picture in part.pictures])
-        assert shades.dtype == np.uint8
-        expected = np.rint(data.images[where] / 16 * 255)
-        assert (shades == expected[..., None]).all()
 
 
 def test_training_repeats_and_never_sees_the_held_out(trained, tmp_path, monkeypatch, capsys):
@@ -67,7 +57,7 @@ def test_training_repeats_and_never_sees_the_held_out(trained, tmp_path, monkeyp
 
 
 def test_every_training_digit_and_the_seed_count():
-    training = digits.split()[0]
+    training = split()[0]
     few = Digits(training.pictures[-64:], training.labels[-64:], training.pixels[-64:])
     other = few._replace(labels=torch.cat([few.labels[:-1], (few.labels[-1:] + 1) % 10]))
     recipe = replace(Recipe(), epochs=1, batch=32)
@@ -93,7 +83,7 @@ def test_the_file_says_how_it_was_made_and_loads(trained):
 
 
 def test_predict_sees_a_digit_as_training_does(trained, program, tmp_path):
-    held_out = digits.split()[1]
+    held_out = split()[1]
     model = timm.create_model(MODEL)
     load(model, trained)
     few = Digits(held_out.pictures[:3], held_out.labels[:3], held_out.pixels[:3])
@@ -114,7 +104,7 @@ def test_predict_sees_a_digit_as_training_does(trained, program, tmp_path):
 
 def test_images_move_a_little_and_stay_digits():
     recipe = Recipe()
-    images = digits.inputs(digits.split()[0].pictures[:64])
+    images = digits.inputs(split()[0].pictures[:64])
     assert images.shape == (64, 3, 64, 64)
     assert images.min() == -1
     torch.manual_seed(0)
@@ -184,7 +174,7 @@ def test_the_shipped_weights_are_what_this_recipe_made():
 
 
 def test_the_shipped_weights_read_digits(program, trained):
-    training, held_out = digits.split()
+    training, held_out = split()
     neighbours = KNeighborsClassifier(3).fit(training.pixels, training.labels)
     right = int((neighbours.predict(held_out.pixels) == held_out.labels.numpy()).sum())
 
@@ -202,10 +192,52 @@ def test_the_shipped_weights_read_digits(program, trained):
     assert tested("--checkpoint", trained) < shipped
 
 
-def test_without_scikit_learn(program, monkeypatch):
+def files(folder):
+    return {x.relative_to(folder): x.read_bytes() for x in folder.rglob("*") if x.is_file()}
+
+
+def test_make_writes_all_kinds(program, tmp_path):
+    folder = tmp_path / "new" / "data"
+    numbers = ("--scenes", 3, "--val", 2, "--size", "64x96", "--seed", 5)
+    status, out, err = program("digits", "make", folder, *numbers)
+    assert (status, err) == (0, "")
+    assert out == f"wrote {folder}: classification, detection, segmentation\n"
+    assert list(folder.parent.iterdir()) == [folder]
+    scenes = SceneSet(3, 2, (64, 96), 5)
+    for kind in ("detection", "segmentation"):
+        assert files(folder / kind) == files(ensure(kind, tmp_path, scenes))
+    assert len(files(folder / "classification")) == 1797
+
+
+def test_make_wants_a_new_folder_and_leaves_nothing_when_it_fails(program, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    for folder in (tmp_path, tmp_path / "file"):
+        status, out, err = program("digits", "make", folder)
+        assert (status, out) == (1, "")
+        assert err == f"vitarium: error: {folder}: expected a new or an empty folder\n"
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    for argument, value, message in (
+        ("--size", "160x31", "size: expected at least 32 pixels each way, got (160, 31)"),
+        ("--seed", -1, "seed: expected 0 ... 4294967295, got -1"),
+    ):
+        status, out, err = program("digits", "make", empty, argument, value)
+        assert (status, out, err) == (1, "", f"vitarium: error: {message}\n")
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device", "x.png")
+
+    monkeypatch.setattr(Image.Image, "save", full)
+    status, out, err = program("digits", "make", empty)
+    assert (status, err) == (1, "vitarium: error: x.png: No space left on device\n")
+    assert sorted(tmp_path.iterdir()) == [empty, tmp_path / "file"]
+    assert not list(empty.iterdir())
+
+
+def test_without_scikit_learn(program, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
-    for action in ("train", "test"):
-        status, out, err = program("digits", action)
+    for action in (["train"], ["test"], ["make", tmp_path / "data"]):
+        status, out, err = program("digits", *action)
         assert (status, out) == (1, "")
         assert err == (
             'vitarium: error: scikit-learn is not installed: pip install "vitarium[demo]"\n'

@@ -20,15 +20,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from vitarium.data.digits import Digits, split
 from vitarium.heads.features import FeatureBackbone
 from vitarium.tools._common import require_matplotlib, resized, save, scaled
-from vitarium.tools.digits import (
-    MODEL,
-    Digits,
-    comparison,
-    probabilities,
-    split,
-)
+from vitarium.tools.digits import MODEL, comparison, probabilities
 from vitarium.tools.features import comparison_picture, pyramid_picture
 from vitarium.tools.visualize import neighborhood_picture
 
