@@ -236,8 +236,8 @@ class SegmentationAugmentConfig:
     """How training images and their maps are varied; crops have ``data.image_size``.
 
     Attributes:
-        resize: (height, width) that images are fitted into before all else, for training and for
-            validation; absent: they stay as they are.
+        resize: what the shorter and the longer side may have at most, in pixels: images are
+            scaled to that first, for validation too. Absent: they stay as they are.
         scale: least and largest factor on that size, in training.
         category_max: largest share of a crop that one class may fill; ten crops are tried.
         hflip: probability of a horizontal flip.
@@ -257,27 +257,33 @@ class SegmentationAugmentConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class SegmentationHeadConfig:
-    """The decoder on the feature maps, and its loss.
+    """The heads on the feature maps, and their loss: arguments of `heads.segmentation.Segmenter`.
 
     Attributes:
         name: ``upernet`` or ``semantic_fpn``.
-        channels: of the decoder.
-        norm: ``batch`` or ``layer``.
-        auxiliary: weight of the loss of the auxiliary head; 0 for no such head.
+        channels: of the decoder; absent: 512 or 128.
+        auxiliary_channels: of the auxiliary head, 0 for none; absent: as published.
+        norm: ``batchnorm2d``, ``layernorm2d`` or ``groupnorm``.
+        drop_rate: of channels before the classifiers.
         freeze: stages of the backbone that stay as they start.
         class_weight: factor of each class in the loss.
+        dice_weight: of the Dice loss, 0 for none.
+        auxiliary_weight: of the auxiliary head's loss.
         ignore_index: value of pixels that count neither in the loss nor in the result.
         predict: ``whole`` images, or ``slide``, windows of ``data.image_size``.
         stride: of those windows, (height, width) in pixels.
-        lr_factor: of the head's learning rate over the backbone's.
+        lr_factor: of the heads' learning rate over the backbone's.
     """
 
     name: Literal["upernet", "semantic_fpn"] = "upernet"
     channels: int | None = None
-    norm: Literal["batch", "layer"] = "batch"
-    auxiliary: float = 0.4
+    auxiliary_channels: int | None = None
+    norm: Literal["batchnorm2d", "layernorm2d", "groupnorm"] = "batchnorm2d"
+    drop_rate: float = 0.1
     freeze: int = 0
     class_weight: tuple[float, ...] | None = None
+    dice_weight: float = 0.0
+    auxiliary_weight: float = 0.4
     ignore_index: int = 255
     predict: Literal["whole", "slide"] = "whole"
     stride: tuple[int, int] | None = None
@@ -289,13 +295,14 @@ class ProbeConfig:
     """The head on frozen features.
 
     Attributes:
-        pooling: a name of `vitarium.heads.probing.POOLINGS`.
-        tokens: ``patch``, or ``all`` with class tokens and registers.
+        pooling: a name of `heads.probing.POOLINGS`; ``gap`` and ``cls`` are linear probes.
+        tokens: ``patch``, or ``all`` with class tokens and registers; absent: what the pooling
+            needs.
         kwargs: further arguments of the pooling.
     """
 
     pooling: str = "ep"
-    tokens: Literal["patch", "all"] = "patch"
+    tokens: Literal["patch", "all"] | None = None
     kwargs: dict[str, Any] = field(default_factory=dict)
 
 

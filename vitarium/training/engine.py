@@ -78,6 +78,7 @@ class Engine:
         last = config.train.channels_last
         self._format: torch.memory_format = torch.channels_last if last else torch.contiguous_format
         self._model = self._task.model.to(self._device).to(memory_format=self._format)
+        self._trained = self._task.trained  # a part of the model, or all of it
         self._average: Average | None = None
 
     def __enter__(self) -> Engine:
@@ -97,7 +98,7 @@ class Engine:
         Raises:
             CheckpointError: it cannot be read or does not fit.
         """
-        checkpoints.load(self._task.trained, checkpoint)
+        checkpoints.load(self._trained, checkpoint)
 
     def test(self) -> dict[str, float]:
         """Validate once.
@@ -164,7 +165,7 @@ class Engine:
                 losses = self._step(module, optimizer, batches, update, log)
                 update += 1
                 if self._average is not None:
-                    self._average.update(self._model, update)
+                    self._average.update(self._trained, update)
                 log.count(losses)
                 told = update % config.train.log_every == 0 or update == updates
                 if told:
@@ -218,11 +219,15 @@ class Engine:
                 raise ValueError("train.parallel: expected ddp for a single process, got fsdp2")
             shard(model, init_device_mesh(self._device.type, (self._layout.world,)))
         if self._config.ema is not None:
-            self._average = Average(model, self._config.ema.decay, self._config.ema.warmup)
+            self._average = Average(self._trained, self._config.ema.decay, self._config.ema.warmup)
         if train.compile:
             model.compile()
         optimizer = self._accelerator.prepare_optimizer(
-            create_optimizer(self._config, model, self._layout.images)
+            create_optimizer(
+                self._config,
+                self._task.parameters(self._config.optimizer.weight_decay),
+                self._layout.images,
+            )
         )
         if not several or isinstance(model, FSDPModule):
             return model, optimizer
@@ -277,7 +282,10 @@ class Engine:
         before = model.training
         model.eval()
         counts = None
-        with torch.no_grad(), average.applied(model) if average is not None else nullcontext():
+        with (
+            torch.no_grad(),
+            average.applied(self._trained) if average is not None else nullcontext(),
+        ):
             for batch in self._together(batches):
                 if log is not None:
                     log.unreadable(update, batch.failures)
@@ -315,12 +323,12 @@ class Engine:
             "update": update,
             "best": best,
             "measures": measures,
-            "model": model_state(self._model),
-            "optimizer": optimizer_state(self._model, optimizer),
+            "model": model_state(self._trained),
+            "optimizer": optimizer_state(self._trained, optimizer),
         }
         if self._average is not None:
-            with self._average.applied(self._model):
-                state = model_state(self._model)
+            with self._average.applied(self._trained):
+                state = model_state(self._trained)
                 content["average"] = {name: value.clone() for name, value in state.items()}
         if self._accelerator.scaler is not None:
             content["scaler"] = self._accelerator.scaler.state_dict()
@@ -329,9 +337,9 @@ class Engine:
         self._accelerator.wait_for_everyone()
 
     def _restore(self, optimizer: Optimizer, found: dict[str, Any]) -> None:
-        restore(self._model, optimizer, found["model"], found["optimizer"])
+        restore(self._trained, optimizer, found["model"], found["optimizer"])
         if self._average is not None:
-            self._average.restore(self._model, found["average"])
+            self._average.restore(self._trained, found["average"])
         if self._accelerator.scaler is not None:
             self._accelerator.scaler.load_state_dict(found["scaler"])
 
@@ -339,11 +347,10 @@ class Engine:
         self, folder: RunFolder, name: str, update: int, measures: dict[str, float]
     ) -> None:
         average = self._average
-        with average.applied(self._model) if average is not None else nullcontext():
-            tensors = model_state(self._model)
+        with average.applied(self._trained) if average is not None else nullcontext():
+            tensors = model_state(self._trained)
             if self.main:
-                kept = self._task.saved(tensors)
-                folder.save_weights(name, kept, {"update": update, "measures": measures})
+                folder.save_weights(name, tensors, {"update": update, "measures": measures})
 
     def _mean(self, losses: dict[str, Tensor]) -> dict[str, float]:
         """Over processes."""
@@ -379,8 +386,15 @@ def run_length(config: Config, train: Any, layout: Layout) -> tuple[int, float]:
     return max(1, math.ceil(schedule.epochs * epoch)), epoch
 
 
-def create_optimizer(config: Config, model: nn.Module, images: int) -> Optimizer:
-    """Timm's optimizer for a model and steps of so many images.
+def create_optimizer(
+    config: Config, parameters: nn.Module | list[dict[str, Any]], images: int
+) -> Optimizer:
+    """Create timm's optimizer for steps of so many images.
+
+    Args:
+        config: of the run.
+        parameters: what is changed: a model, or groups with a weight decay each.
+        images: of a step, over all processes.
 
     Raises:
         ValueError: no optimizer of this name, or one that has not what the config sets.
@@ -397,20 +411,17 @@ def create_optimizer(config: Config, model: nn.Module, images: int) -> Optimizer
             raise ValueError(f"optimizer.{key}: {section.name} has none, got {value}")
         if value is not None:
             kwargs[key] = value
+    if isinstance(parameters, nn.Module):
+        kwargs |= {"weight_decay": section.weight_decay, "layer_decay": section.layer_decay}
     return create_optimizer_v2(
-        model,
-        opt=section.name,
-        lr=section.lr * _scale(config, images),
-        weight_decay=section.weight_decay,
-        layer_decay=section.layer_decay,
-        **kwargs,
+        parameters, opt=section.name, lr=section.lr * _scale(config, images), **kwargs
     )
 
 
 def create_scheduler(
     config: Config, optimizer: Optimizer, images: int, updates: int, epoch: float
 ) -> Scheduler:
-    """Timm's schedule, counted in updates, of which a pass over the data has ``epoch``."""
+    """Create timm's schedule, counted in updates, of which a pass over the data has ``epoch``."""
     section, scale = config.schedule, _scale(config, images)
     warmup = section.warmup_updates or round((section.warmup_epochs or 0) * epoch)
     scheduler, _ = create_scheduler_v2(

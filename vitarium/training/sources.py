@@ -17,6 +17,11 @@ from vitarium.training.config import DataConfig
 
 _TARGETS = ("label", "cls", "fine_label", "class")
 _BUFFER = 1000  # images among which a stream is shuffled, unless the config says otherwise
+_CITY = (
+    *("road", "sidewalk", "building", "wall", "fence", "pole", "traffic light", "traffic sign"),
+    *("vegetation", "terrain", "sky", "person", "rider", "car", "truck", "bus", "train"),
+    *("motorcycle", "bicycle"),
+)
 _SHARDS = 16  # parts into which a table on the disk is cut for a stream
 
 # A class's number, or a map of them for every pixel.
@@ -35,10 +40,12 @@ class Source(ABC):
     Attributes:
         names: of the images, for people.
         classes: names, in the order of their numbers.
+        same_size: whether all images are known to have one size.
     """
 
     names: Sequence[str]
     classes: tuple[str, ...]
+    same_size = False
 
     def __len__(self) -> int:
         return len(self.names)
@@ -94,7 +101,7 @@ def open_sources(
         raise ValueError(
             f"data.source: expected one of {', '.join(openers)} for {task}, got {data.source!r}"
         )
-    _expect_used(data, kind)
+    _expect_used(data, kind, segmentation)
     train, val = (
         openers[kind](data, name, split, shuffle_seed if is_train else None)
         for split, is_train in ((data.train, True), (data.val, False))
@@ -111,35 +118,44 @@ def open_sources(
     return train, val
 
 
-def decode(content: str | Path | bytes | io.BytesIO | Image.Image) -> Image.Image:
-    """An image as RGB, read as timm and torchvision do it.
+def decode(content: str | Path | bytes | Image.Image, mode: str = "RGB") -> Image.Image:
+    """An image as RGB, read as timm and torchvision do it, or a map of classes (``P``) as 8 bits.
 
     Raises:
         UnreadableError: not an image, a truncated one, or no such file.
     """
     try:
         if isinstance(content, Image.Image):
-            return content.convert("RGB")
+            return content.convert(mode)
         with Image.open(io.BytesIO(content) if isinstance(content, bytes) else content) as image:
-            return image.convert("RGB")
+            if mode == "P":
+                return _numbers(image)
+            return image.convert(mode)
     except UnidentifiedImageError as error:
         raise UnreadableError("unknown format, damaged, or empty") from error
     except DECODER_ERRORS as error:
         raise UnreadableError(getattr(error, "strerror", None) or str(error)) from error
 
 
-def _expect_used(data: DataConfig, kind: str) -> None:
+def _numbers(image: Image.Image) -> Image.Image:
+    """A map of classes as it is stored, palette or not."""
+    if image.mode not in ("L", "P"):
+        raise UnreadableError(f"a map of classes has 8 bits, this image is {image.mode}")
+    return Image.frombytes("L", image.size, image.tobytes())
+
+
+def _expect_used(data: DataConfig, kind: str, segmentation: bool) -> None:
     """Refuse keys that a source does not read."""
     tables = kind in ("hf", "webdataset")
     streamed = kind == "webdataset" or (kind == "hf" and data.stream)
     for key, used in (
-        ("root", kind not in ("digits",)),
+        ("root", kind not in ("digits", "digit_scenes")),
         ("stream", kind == "hf"),
         ("image_key", tables),
         ("target_key", tables),
         ("samples", streamed),
         ("shuffle_buffer", streamed),
-        ("classes", tables or kind == "pairs"),
+        ("classes", tables or (segmentation and kind == "folder")),
     ):
         if not used and getattr(data, key):
             raise ValueError(f"data.{key}: {data.source} has none, got {getattr(data, key)!r}")
@@ -215,19 +231,106 @@ class _Digits(Source):
     """scikit-learn's digits, of which the last 360 are never trained on."""
 
     def __init__(self, data: DataConfig, name: str, split: str, seed: int | None) -> None:
-        from vitarium.tools.digits import split as digits
+        from vitarium.data.digits import digits_of
 
-        parts = dict(zip(("train", "val"), digits(), strict=True))
-        if split not in parts:
-            raise ValueError(
-                f"data.{'val' if seed is None else 'train'}: expected train or val, got {split!r}"
-            )
-        self._digits = parts[split]
+        self._digits, _ = digits_of(split)
         self.names = [f"digit {i} of {split}" for i in range(len(self._digits.labels))]
         self.classes = tuple(map(str, range(10)))
 
     def load(self, index: int) -> Pair:
         return self._digits.pictures[index], int(self._digits.labels[index])
+
+
+class _Pairs(Source):
+    """Images and maps of classes in folders, named alike.
+
+    Args:
+        images: folder of the images, and of the folders in it.
+        maps: the same of their maps, 8-bit.
+        endings: of the images' names and of their maps', which differ in nothing else.
+        classes: names, in the order of their numbers.
+        shift: whether 0 is no class: it is ignored, and the others count from 1.
+    """
+
+    def __init__(
+        self,
+        images: Path,
+        maps: Path,
+        endings: tuple[str, str],
+        classes: tuple[str, ...],
+        shift: bool = False,
+    ) -> None:
+        theirs, ours = endings
+        found = sorted(path for path in images.rglob(f"*{theirs}") if path.is_file())
+        if not found:
+            raise ValueError(f"data.root: expected images *{theirs} in {images}, found none")
+        named = [str(path.relative_to(images)).removesuffix(theirs) for path in found]
+        self._maps = [maps / f"{name}{ours}" for name in named]
+        lacking = [path for path in self._maps if not path.is_file()]
+        if lacking:
+            raise ValueError(
+                f"data.root: {len(lacking)} of {len(found)} images have no map: {lacking[0]}"
+            )
+        self.names = [*map(str, found)]
+        self.classes = classes
+        self._shift = shift
+
+    def load(self, index: int) -> Pair:
+        image = decode(self.names[index])
+        target = decode(self._maps[index], "P")
+        if target.size != image.size:
+            raise UnreadableError(f"{image.size} pixels, and its map has {target.size}")
+        if self._shift:
+            target = target.point([(value - 1) % 256 for value in range(256)])
+        return image, target
+
+
+def _map_folder(data: DataConfig, name: str, split: str, seed: int | None) -> Source:
+    """``root/images/split/NAME.jpg`` and ``root/annotations/split/NAME.png``."""
+    if data.classes is None:
+        raise ValueError("data.classes: expected the names of the maps' classes, got none")
+    root = _root(data)
+    folder = root / "images" / split
+    endings = [".jpg", ".png"]
+    ending = next((x for x in endings if any(folder.rglob(f"*{x}"))), endings[0])
+    return _Pairs(folder, root / "annotations" / split, (ending, ".png"), data.classes)
+
+
+def _ade20k(data: DataConfig, name: str, split: str, seed: int | None) -> Source:
+    """The scene parsing benchmark's folders, ADEChallengeData2016, of 150 classes."""
+    root = _root(data)
+    names = root / "objectInfo150.txt"
+    try:
+        lines = names.read_text(encoding="utf-8").splitlines()[1:]
+    except OSError as error:
+        raise ValueError(f"data.root: expected {names}, which names the classes") from error
+    classes = tuple(line.split("\t")[-1].split(",")[0].strip() for line in lines)
+    folders = root / "images" / split, root / "annotations" / split
+    return _Pairs(*folders, (".jpg", ".png"), classes, shift=True)
+
+
+def _cityscapes(data: DataConfig, name: str, split: str, seed: int | None) -> Source:
+    """``leftImg8bit`` and, in ``gtFine``, the maps of the 19 classes that count."""
+    root = _root(data)
+    endings = "_leftImg8bit.png", "_gtFine_labelTrainIds.png"
+    return _Pairs(root / "leftImg8bit" / split, root / "gtFine" / split, endings, _CITY)
+
+
+class _DigitScenes(_Pairs):
+    """Digits on textured backgrounds, 1000 scenes to train on, and 200 of held-out digits."""
+
+    same_size = True
+
+    def __init__(self, data: DataConfig, name: str, split: str, seed: int | None) -> None:
+        from vitarium.data.digits import CLASSES, SPLITS
+        from vitarium.data.folders import SceneSet, ensure
+
+        if split not in SPLITS:
+            key = "val" if seed is None else "train"
+            raise ValueError(f"data.{key}: expected {' or '.join(SPLITS)}, got {split!r}")
+        root = ensure("segmentation", scenes=SceneSet(size=data.image_size))
+        folders = root / "images" / split, root / "annotations" / split
+        super().__init__(*folders, (".png", ".png"), ("background", *CLASSES))
 
 
 def _hugging_face(data: DataConfig, name: str, split: str, seed: int | None) -> Source | Stream:
@@ -357,4 +460,9 @@ _CLASSES: Mapping[str, Callable[..., Source | Stream]] = {
     "hf": _hugging_face,
     "webdataset": _webdataset,
 }
-_MAPS: Mapping[str, Callable[..., Source | Stream]] = {}
+_MAPS: Mapping[str, Callable[..., Source | Stream]] = {
+    "folder": _map_folder,
+    "digit_scenes": _DigitScenes,
+    "ade20k": _ade20k,
+    "cityscapes": _cityscapes,
+}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
+from dataclasses import asdict, replace
 from typing import Any, Generic, TypeVar
 
 import timm
@@ -13,14 +14,18 @@ from timm.data import Mixup, resolve_data_config
 from timm.loss import BinaryCrossEntropy, SoftTargetCrossEntropy
 from torch import Tensor, nn
 
+from vitarium.heads.probing import Probe
+from vitarium.heads.segmentation import MeanIoU, Segmenter
 from vitarium.training.config import (
     ClassificationConfig,
     Config,
     LossConfig,
+    ProbingConfig,
+    SegmentationConfig,
 )
 from vitarium.training.data import Batch, Layout, Transform
-from vitarium.training.sources import open_sources
-from vitarium.training.transforms import ClassTransform, Preprocessing
+from vitarium.training.sources import Source, open_sources
+from vitarium.training.transforms import ClassTransform, MapTransform, Preprocessing
 
 _Config = TypeVar("_Config", bound=Config)
 
@@ -76,10 +81,6 @@ class Task(ABC, Generic[_Config]):
         """What ``best.safetensors`` holds: the model, or the part of it that is trained."""
         return self.model
 
-    def saved(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Of the model's tensors those of `trained`, by its names."""
-        return tensors
-
     def row(self, measures: Mapping[str, float]) -> dict[str, Any]:
         """Measures as a line of a table of results."""
         return {"model": self.config.model.name, **measures}
@@ -93,6 +94,10 @@ class Task(ABC, Generic[_Config]):
         height, width = self.config.data.image_size
         return Batch(torch.zeros(1, 3, height, width), torch.zeros(0, dtype=torch.long))
 
+    def parameters(self, weight_decay: float) -> nn.Module | list[dict[str, Any]]:
+        """What the optimizer changes: a model, from which timm makes groups, or groups."""
+        return self.trained
+
 
 class Classification(Task[ClassificationConfig]):
     """A classifier of whole images, as timm trains and validates it."""
@@ -105,7 +110,8 @@ class Classification(Task[ClassificationConfig]):
         self._loss = classification_loss(config.loss)
 
     def _built(self) -> nn.Module:
-        return create_classifier(self.config, len(self.classes))
+        name, kwargs = model_arguments(self.config)
+        return timm.create_model(name, num_classes=len(self.classes), **kwargs)
 
     def transform(self, training: bool) -> Transform:
         augment = self.config.augment
@@ -128,25 +134,160 @@ class Classification(Task[ClassificationConfig]):
         return classification_row(self, measures)
 
 
-def create_classifier(config: Config, num_classes: int) -> nn.Module:
-    """The model of a config's section, with the data's classes.
+class Probing(Task[ProbingConfig]):
+    """A head on the frozen features of a backbone."""
 
-    Raises:
-        ValueError: no such model, or an argument that it does not take.
-        CheckpointError: the weights cannot be had or do not fit.
-    """
+    best = "top1"
+
+    def __init__(self, config: ProbingConfig) -> None:
+        train, model = config.train, config.model
+        for name, value, expected in (
+            ("model.drop_path_rate", model.drop_path_rate, None),
+            ("train.grad_checkpointing", train.grad_checkpointing, False),
+            ("train.parallel", train.parallel, "ddp"),
+            ("optimizer.layer_decay", config.optimizer.layer_decay, None),
+        ):
+            if value != expected:
+                raise ValueError(
+                    f"{name}: expected {'none' if expected is None else expected} for a probe, "
+                    f"whose backbone is frozen, got {value}"
+                )
+        super().__init__(config)
+        self._mix = mixing(config.loss, len(self.classes))
+        self._loss = classification_loss(config.loss)
+
+    def _built(self) -> nn.Module:
+        probe = self.config.probe
+        backbone, kwargs = model_arguments(self.config)
+        return Probe(
+            backbone,
+            len(self.classes),
+            probe.pooling,
+            probe.tokens,
+            pooling_kwargs=probe.kwargs,
+            **kwargs,
+        )
+
+    @property
+    def trained(self) -> nn.Module:
+        assert isinstance(self.model, Probe)
+        return self.model.head
+
+    transform = Classification.transform
+    losses = Classification.losses
+    counts = Classification.counts
+    measures = Classification.measures
+    row = Classification.row
+
+
+class Segmentation(Task[SegmentationConfig]):
+    """A class for each pixel, as mmsegmentation trains and validates it."""
+
+    best = "mIoU"
+
+    def __init__(self, config: SegmentationConfig) -> None:
+        if config.optimizer.layer_decay is not None:
+            raise ValueError(
+                f"optimizer.layer_decay: expected none for segmentation, got "
+                f"{config.optimizer.layer_decay}"
+            )
+        if (config.head.predict == "slide") != (config.head.stride is not None):
+            raise ValueError(
+                f"head.stride: expected a size with slide, else none, got {config.head.stride}"
+            )
+        super().__init__(config)
+
+    def _built(self) -> nn.Module:
+        name, kwargs = model_arguments(self.config)
+        head = asdict(self.config.head)
+        for key in ("predict", "stride", "lr_factor"):
+            del head[key]
+        return Segmenter(name, len(self.classes), head.pop("name"), **head, **kwargs)
+
+    def transform(self, training: bool) -> Transform:
+        augment, size = self.config.augment, self.config.data.image_size
+        expected = preprocessing(self.model, augment)
+        return MapTransform(augment, size, expected, training, self.config.head.ignore_index)
+
+    def losses(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+        parts: dict[str, Tensor] = model(batch.images, batch.targets)
+        return {"loss": sum(parts.values(), torch.zeros(()).to(batch.images)), **parts}
+
+    def counts(self, model: nn.Module, batch: Batch) -> Tensor:
+        head, target = self.config.head, batch.targets
+        window = {}
+        if head.predict == "slide":
+            window = {"crop_size": self.config.data.image_size, "stride": head.stride}
+        logits = self._segmenter.infer(batch.images, head.predict, **window)
+        if logits.shape[2:] != target.shape[1:]:  # images were scaled, maps were not
+            logits = F.interpolate(logits, target.shape[1:], mode="bilinear", align_corners=False)
+        found = logits.argmax(1) if logits.shape[1] > 1 else (logits[:, 0] > 0).long()
+        metric = MeanIoU(self._segmenter.num_classes, head.ignore_index, logits.device)
+        metric.update(found, target)
+        return metric.confusion.double()
+
+    def measures(self, counts: Tensor) -> dict[str, float]:
+        metric = MeanIoU(self._segmenter.num_classes)
+        metric.confusion = counts.round().long().cpu()
+        found = metric.compute()
+        each = dict(zip(self._labels, found["IoU"], strict=True))
+        return {
+            "mIoU": 100 * found["mIoU"],
+            "aAcc": 100 * found["aAcc"],
+            **{f"IoU/{name}": 100 * iou for name, iou in each.items()},
+        }
+
+    @property
+    def _segmenter(self) -> Segmenter:
+        assert isinstance(self.model, Segmenter)
+        return self.model
+
+    @property
+    def _labels(self) -> tuple[str, ...]:
+        return self.classes if len(self.classes) > 1 else ("background", *self.classes)
+
+    def validation_layout(self, layout: Layout) -> Layout:
+        alike = isinstance(self.val, Source) and self.val.same_size
+        return layout if alike else replace(layout, batch=1)
+
+    def blank(self) -> Batch:
+        height, width = self.config.data.image_size
+        ignored = torch.full((1, height, width), self.config.head.ignore_index)
+        return Batch(torch.zeros(1, 3, height, width), ignored)
+
+    def parameters(self, weight_decay: float) -> list[dict[str, Any]]:
+        exempt = {
+            f"{prefix}.{name}"
+            for prefix, module in self.model.named_modules()
+            if hasattr(module, "no_weight_decay")
+            for name in module.no_weight_decay()
+        }
+        groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+        for name, parameter in self.model.named_parameters():
+            if parameter.requires_grad:
+                decayed = parameter.ndim > 1 and name not in exempt
+                key = name.startswith("backbone."), decayed
+                groups.setdefault(key, []).append(parameter)
+        return [
+            {
+                "params": parameters,
+                "lr_scale": 1.0 if backbone else self.config.head.lr_factor,
+                "weight_decay": weight_decay if decayed else 0.0,
+            }
+            for (backbone, decayed), parameters in groups.items()
+        ]
+
+
+def model_arguments(config: Config) -> tuple[str, dict[str, Any]]:
+    """Name and arguments of the model in timm's terms."""
     section = config.model
     kwargs = dict(section.kwargs)
     if section.drop_path_rate is not None:
         kwargs["drop_path_rate"] = section.drop_path_rate
-    overlay = {} if section.checkpoint is None else {"file": section.checkpoint}
-    return timm.create_model(
-        section.name,
-        pretrained=section.pretrained or section.checkpoint is not None,
-        pretrained_cfg_overlay=overlay or None,
-        num_classes=num_classes,
-        **kwargs,
-    )
+    if section.checkpoint is not None:
+        kwargs["pretrained_cfg_overlay"] = {"file": section.checkpoint}
+    kwargs["pretrained"] = section.pretrained or section.checkpoint is not None
+    return section.name, kwargs
 
 
 def preprocessing(model: nn.Module, augment: Any) -> Preprocessing:
@@ -160,7 +301,7 @@ def preprocessing(model: nn.Module, augment: Any) -> Preprocessing:
 
 
 def mixing(loss: LossConfig, num_classes: int) -> Mixup | None:
-    """Timm's mixup and cutmix of a batch; draws from NumPy's generator."""
+    """Mixup and cutmix of a batch, as timm does them; draws from NumPy's generator."""
     if not loss.mixup and not loss.cutmix:
         return None
     return Mixup(
@@ -174,7 +315,7 @@ def mixing(loss: LossConfig, num_classes: int) -> Mixup | None:
 
 
 def classification_loss(loss: LossConfig) -> Callable[[Tensor, Tensor], Tensor]:
-    """Timm's loss of logits [B, classes] and targets, numbers or mixed ones."""
+    """The loss, timm's, of logits [B, classes] and targets, numbers or mixed ones."""
     mixed = bool(loss.mixup or loss.cutmix)
     if loss.kind == "bce":
         return BinaryCrossEntropy(smoothing=0.0 if mixed else loss.label_smoothing)
@@ -235,4 +376,8 @@ def create_task(config: Config) -> Task[Any]:
     return _TASKS[config.task](config)
 
 
-_TASKS: Mapping[str, type[Task[Any]]] = {"classification": Classification}
+_TASKS: Mapping[str, type[Task[Any]]] = {
+    "classification": Classification,
+    "segmentation": Segmentation,
+    "probing": Probing,
+}

@@ -8,15 +8,17 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from timm.data import create_transform
 from torch import Tensor
 from torchvision.transforms import v2
-from torchvision.transforms.functional import InterpolationMode
+from torchvision.transforms.functional import InterpolationMode, normalize, pil_to_tensor, to_tensor
 
-from vitarium.training.config import AugmentConfig
+from vitarium.training.config import AugmentConfig, SegmentationAugmentConfig
 from vitarium.training.sources import Pair
 
 _KNOTS = 4  # of the grid that bends a picture, each way
+_CROPS = 10  # tried until no class fills too much of one
 
 
 @dataclass(frozen=True)
@@ -104,3 +106,84 @@ class _Moved:
             bend = F.interpolate(knots, image.shape[-2:], mode="bicubic", align_corners=True)
             grid = grid + bend.permute(0, 2, 3, 1)
         return F.grid_sample(image[None], grid, align_corners=False)[0]
+
+
+class MapTransform:
+    """An image to a tensor [3, H, W], its map of classes to one [H, W]; both move together.
+
+    In training, a random scale, crop and flip give both the same size; what a crop has beyond the
+    image is 0, the mean, and is ignored in the map. In validation the image is scaled, the map is
+    not.
+
+    Args:
+        augment: what is varied, and the scale to begin with.
+        size: (height, width) of a crop.
+        expected: mean and standard deviation of the result.
+        training: whether anything is varied.
+        ignore_index: value of pixels beyond the image.
+    """
+
+    def __init__(
+        self,
+        augment: SegmentationAugmentConfig,
+        size: tuple[int, int],
+        expected: Preprocessing,
+        training: bool,
+        ignore_index: int,
+    ) -> None:
+        self._augment = augment
+        self._size = size
+        self._expected = expected
+        self._training = training
+        self._ignored = ignore_index
+        self._photometric = v2.RandomPhotometricDistort() if augment.photometric else None
+
+    def __call__(self, pair: Pair) -> tuple[Tensor, Tensor]:
+        image, target = pair
+        assert isinstance(target, Image.Image)
+        width, height = self._scaled(image)
+        image = image.resize((width, height), Image.Resampling.BILINEAR)
+        if not self._training:
+            return self._normalized(image), pil_to_tensor(target)[0].long()
+        target = target.resize((width, height), Image.Resampling.NEAREST)
+        labels = pil_to_tensor(target)[0].long()
+        top, left = self._place(labels)
+        rows, columns = slice(top, top + self._size[0]), slice(left, left + self._size[1])
+        labels = labels[rows, columns]
+        image = image.crop((left, top, left + labels.shape[1], top + labels.shape[0]))
+        if self._photometric is not None:
+            image = self._photometric(image)
+        pixels = self._normalized(image)
+        if torch.rand(()) < self._augment.hflip:
+            pixels, labels = pixels.flip(-1), labels.flip(-1)
+        missing = (0, self._size[1] - labels.shape[1], 0, self._size[0] - labels.shape[0])
+        return F.pad(pixels, missing), F.pad(labels, missing, value=self._ignored)
+
+    def _normalized(self, image: Image.Image) -> Tensor:
+        return normalize(to_tensor(image), self._expected.mean, self._expected.std)
+
+    def _scaled(self, image: Image.Image) -> tuple[int, int]:
+        """(width, height) before anything is cropped."""
+        factor = 1.0
+        if self._augment.resize is not None:
+            short, long = self._augment.resize
+            factor = min(short / min(image.size), long / max(image.size))
+        if self._training:
+            least, most = self._augment.scale
+            factor *= least + (most - least) * float(torch.rand(()))
+        width, height = (max(1, round(side * factor)) for side in image.size)
+        return width, height
+
+    def _place(self, labels: Tensor) -> tuple[int, int]:
+        """(top, left) of a crop in which no class fills too much, if one is found."""
+        for _ in range(_CROPS):
+            free = [max(0, n - size) for n, size in zip(labels.shape, self._size, strict=True)]
+            top, left = (int(torch.randint(n + 1, ())) for n in free)
+            crop = labels[top : top + self._size[0], left : left + self._size[1]]
+            counted = crop[crop != self._ignored]
+            if self._augment.category_max >= 1 or not len(counted):
+                break
+            counts = counted.bincount()
+            if (counts > 0).sum() > 1 and counts.max() < self._augment.category_max * len(counted):
+                break
+        return top, left
