@@ -125,6 +125,7 @@ def _model(
         "std": cfg.std,
         "interpolation": cfg.interpolation,
         "crop_pct": cfg.crop_pct,
+        "crop_mode": cfg.crop_mode,
         **_counted(alike),
     }
 
@@ -148,11 +149,11 @@ def _dense(module: ModuleType, name: str, weight: Weight) -> dict[str, Any]:
     entry = name.partition(".")[0]
     cfg = get_pretrained_cfg(entry)
     assert cfg is not None
-    unknown = ("num_classes", "input_size", "mean", "std", "interpolation", "crop_pct", "gflops")
+    images = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
     return {
         **_row_of(module, name, cfg, weight.code_licence or module._CODE_LICENCE),
         "default": False,
-        **dict.fromkeys(unknown),
+        **dict.fromkeys(("num_classes", *images, "gflops")),
         **_counted_backbone(entry, weight.task),
     }
 
