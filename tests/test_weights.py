@@ -64,6 +64,14 @@ def test_a_file_has_one_way_to_it(name):
         assert weight.licence == "none stated"
 
 
+def test_whose_dense_code_is_in_copies_of_openmmlab_s():
+    """Agent Attention, Swin and DaViT ship mmdetection and mmsegmentation, with their licence."""
+    copies = re.compile(r"agent_|fused_").match
+    stated = {name: weight.code_licence for name, weight in WEIGHTS.items()}
+    expected = {name: "Apache-2.0" if name in DENSE and copies(name) else None for name in WEIGHTS}
+    assert stated == expected
+
+
 def test_only_what_a_program_can_fetch_is_pretrained_for_timm():
     pretrained = set(timm.list_pretrained())
     for name, weight in WEIGHTS.items():

@@ -155,8 +155,8 @@ def _network(name: str, cfg: Mapping[str, Any], wanted: Mapping[str, Any]) -> di
         "parameters": f"{sum(parameter.numel() for parameter in model.parameters()):,}",
         "GFLOPs": f"{_gflops(model, cfg['input_size']):.2f} multiply-adds at {height} x {width}",
         "classes": str(model.num_classes),
-        "images": f"{height} x {width}, {cfg['interpolation']}, crop {cfg['crop_pct']}, mean "
-        f"{_row(cfg['mean'])}, standard deviation {_row(cfg['std'])}",
+        "images": f"{height} x {width}, {cfg['interpolation']}, crop {cfg['crop_pct']} "
+        f"({cfg['crop_mode']}), mean {_row(cfg['mean'])}, standard deviation {_row(cfg['std'])}",
     }
 
 
