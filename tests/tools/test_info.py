@@ -59,6 +59,7 @@ def test_a_detector(program):
 def test_weights_that_no_program_can_fetch(program):
     facts = _facts(program, "biformer_tiny")
     assert facts["weights"].startswith("manual: Save https://1drv.ms/")
+    assert "or the file in the authors' folder, https://1drv.ms/" in facts["weights"]
     assert "sha256" in facts
     facts = _facts(program, "biformer_base.rayleizhu_upernet_160k_ade20k")
     assert facts["weights"] == "not released: the authors publish training logs only"
