@@ -347,9 +347,9 @@ _SWIN_DET = "README of SwinTransformer/Swin-Transformer-Object-Detection, c7b201
 _SWIN_SEG = "README of SwinTransformer/Swin-Transformer-Semantic-Segmentation, 87e6f90"
 _DAVIT = "README of dingmyu/davit, fc79470"
 _LEFT_OUT = (
-    "Swin-MLP, which has no attention; Swin-MoE, whose experts need a library; SimMIM's files, which "
-    "have no classifier or, but for two of Swin-B, windows that no entry has; results without a "
-    "file, of HTC++ and of UPerNet after ImageNet-22k, whose windows are not stated"
+    "Swin-MLP, which has no attention; Swin-MoE, whose experts need a library; SimMIM's files, "
+    "which have no classifier or, but for two of Swin-B, windows that no entry has; results "
+    "without a file, of HTC++ and of UPerNet after ImageNet-22k, whose windows are not stated"
 )
 # By the authors' name: top-1, GFLOPs, release, and how the file's name goes on.
 _SWIN_FILES: Mapping[str, Mapping[str, tuple[float | None, float | None, str, str]]] = {
