@@ -655,6 +655,8 @@ def test_the_cache_moves_where_it_is_told(cache, tmp_path):
     ("licence", "said"),
     [
         ("none stated", "no licence is stated"),
+        ("for non commercial use", "forbids commercial use"),
+        ("research use only", "forbids commercial use"),
         ("CC-BY-NC-4.0", "CC-BY-NC-4.0, forbids commercial use"),
         ("cc-by-nc-sa-4.0", "forbids commercial use"),
         ("MIT", None),
