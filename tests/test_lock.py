@@ -68,6 +68,16 @@ def test_a_first_download_is_recorded_in_both_lock_files(cache, user):
         assert list(files(path)) == sorted(expected)
 
 
+def test_a_lock_file_behind_a_link_is_written_where_it_is(user, tmp_path, monkeypatch):
+    link = tmp_path / "link.json"
+    link.symlink_to(user)
+    monkeypatch.setenv("VITARIUM_LOCK", str(link))
+    with Server({"/x.pth": Reply(DATA)}) as server:
+        fetch(Weight(url=server.url("/x.pth")), "toy.tag")
+        assert files(user) == {server.url("/x.pth"): RECORD}
+    assert link.is_symlink()
+
+
 def test_a_published_hash_needs_no_record(cache):
     with Server({"/x.pth": Reply(DATA)}) as server:
         weight = Weight(url=server.url("/x.pth"), sha256=RECORD["sha256"])
