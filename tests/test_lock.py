@@ -263,6 +263,15 @@ def test_what_is_not_the_file_is_not_adopted(content, weight, message, local, ca
     assert not [path for path in cache.glob("*") if path.suffix != ".lock"]
 
 
+def test_a_local_file_that_cannot_be_read_is_blamed_and_not_the_cache(local, monkeypatch):
+    def refused(*args):
+        raise PermissionError(13, "Permission denied", str(local))
+
+    monkeypatch.setattr("vitarium.checkpoints.download.check_structure", refused)
+    with pytest.raises(CheckpointError, match=r"local\.pth: cannot be copied .*Permission denied"):
+        adopt(MANUAL, "toy.tag", local)
+
+
 def test_adopting_another_file_than_recorded_is_refused_and_the_first_one_stays(local, tmp_path):
     path = adopt(MANUAL, "toy.tag", local)
     other = tmp_path / "other.pth"
