@@ -169,7 +169,7 @@ def _list_arguments(parser: argparse.ArgumentParser) -> None:
         "--licence",
         default="any",
         metavar="L",
-        help="of code and weights: permissive (both), any (default) or a name, e.g. MIT",
+        help="of code and weights: permissive (both), any (default) or a name (either), e.g. MIT",
     )
     parser.add_argument(
         "--weights", action="store_true", help="only those whose weights a program can fetch"

@@ -148,7 +148,6 @@ FAULTS = {
     "HTML page, long": both("web page", Reply(PAGE * 100)),
     "HTML page, unannounced": both("web page", Reply(PAGE, announce="nothing")),
     "HTML page, truncated": both("web page", Reply(PAGE, announce=len(DATA))),
-    "HTML page after a part": Fault([CUT, Reply(PAGE)], "web page", "web page", (REST, REST)),
     "JSON": both("JSON", Reply(b'{"message": "rate limit"}')),
     "empty": both("empty", Reply(b"")),
     "encoded": both("encoded as 'gzip'", replace(FINE, headers={"Content-Encoding": "gzip"})),
@@ -219,6 +218,30 @@ def test_what_a_lasting_fault_left_is_completed_by_the_next_call(cache):
         assert server.ranges == [None, *[REST] * 4]
         assert server.headers[-1]["If-Range"] == '"1"'
         assert server.headers[0]["Accept-Encoding"] == "identity"
+
+
+@pytest.mark.parametrize("known", [{}, KNOWN], ids=["no sha256", "sha256"])
+def test_a_page_in_place_of_the_rest_does_not_cost_what_is_there(known):
+    with Server({"/x.pth": [CUT, Reply(PAGE), FINE]}) as server:
+        weight = Weight(url=server.url("/x.pth"), **known)
+        with pytest.raises(CheckpointError, match="web page"):
+            fetch(weight, "toy")
+        assert fetch(weight, "toy").read_bytes() == DATA
+        assert server.ranges == [None, REST, REST]
+
+
+@pytest.mark.parametrize("announce", ["nothing", 9000])
+def test_the_old_format_cut_short_is_never_recorded(announce, cache):
+    file = io.BytesIO()
+    torch.save({"a.weight": torch.arange(5000.0)}, file, _use_new_zipfile_serialization=False)
+    whole = file.getvalue()
+    cut = Reply(whole[:9000], announce=announce)
+    with Server({"/x.pth": [cut, Reply(whole)]}) as server:
+        weight = Weight(url=server.url("/x.pth"))
+        with pytest.raises(CheckpointError, match="truncated"):
+            fetch(weight, "toy")
+        assert not weights(cache)
+        assert fetch(weight, "toy").read_bytes() == whole
 
 
 def test_what_an_interrupt_left_is_completed_by_the_next_call(cache, monkeypatch):
@@ -319,7 +342,15 @@ def test_a_date_is_a_validator_once_it_has_settled(age, second):
         assert server.headers[-1].get("If-Range") == (dated["Last-Modified"] if second else None)
 
 
-@pytest.mark.parametrize("damage", ["", "{", "[]", '{"url": 1}', "no file"])
+def damaged(validator: object) -> str:
+    return json.dumps({"url": "URL", "size": len(DATA), "validator": validator, "synced": 9000})
+
+
+@pytest.mark.parametrize(
+    "damage",
+    ["", "{", "[]", '{"url": 1}', "no file", "[" * 100_000]
+    + [damaged(validator) for validator in ([], "1\r\nX: y", "\u2603")],
+)
 def test_a_part_without_a_good_record_is_started_again(damage, cache):
     with Server({"/x.pth": [CUT, *[Reply(status=500)] * 3, FINE]}) as server:
         weight = Weight(url=server.url("/x.pth"))
@@ -329,9 +360,25 @@ def test_a_part_without_a_good_record_is_started_again(damage, cache):
         if damage == "no file":
             record.unlink()
         else:
-            record.write_text(damage)
+            record.write_text(damage.replace("URL", weight.url))
         assert fetch(weight, "toy").read_bytes() == DATA
         assert server.ranges[-1] is None
+
+
+def test_nothing_is_written_through_a_link_in_the_part_s_place(cache, tmp_path):
+    precious = tmp_path / "precious"
+    precious.write_bytes(DATA[:9000])
+    with Server({"/x.pth": FINE}) as server:
+        for known in ({}, KNOWN):
+            weight = Weight(url=server.url("/x.pth"), **known)
+            path = fetch(weight, "toy")
+            path.unlink()
+            path.with_name(path.name + ".part").symlink_to(precious)
+            assert fetch(weight, "toy").read_bytes() == DATA
+            assert not path.is_symlink()
+            path.unlink()
+        assert server.ranges == [None] * 4
+    assert precious.read_bytes() == DATA[:9000]
 
 
 def test_bytes_that_may_not_have_reached_the_disk_are_asked_for_again(cache):
@@ -431,6 +478,8 @@ def test_redirects_on_the_web_are_followed():
 def test_a_redirect_never_leaves_https():
     assert transport._redirected("http://a.org/x", "https://b.org/y z") == "https://b.org/y%20z"
     assert transport._redirected("https://a.org/x", "/y") == "https://a.org/y"
+    as_read = "/é".encode().decode("latin-1")
+    assert transport._redirected("https://a.org/x", as_read) == "https://a.org/%C3%A9"
     with pytest.raises(CheckpointError, match="not followed"):
         transport._redirected("https://a.org/x.pth", "http://a.org/y")
 
@@ -474,6 +523,9 @@ def test_only_the_hub_may_state_a_hash(monkeypatch):
     with Server({"/hub/x.pth": Reply(status=404)}) as server:
         monkeypatch.setenv("HF_ENDPOINT", "ftp://example.org")
         with pytest.raises(CheckpointError, match="HF_ENDPOINT: expected an http or https"):
+            fetch(Weight(url=HUB), "other")
+        monkeypatch.setenv("HF_ENDPOINT", "http://[bad")
+        with pytest.raises(CheckpointError, match=r"http://\[bad/org/.* is no address"):
             fetch(Weight(url=HUB), "other")
 
 
@@ -635,6 +687,8 @@ def test_what_no_program_can_fetch_comes_with_instructions(cache):
         fetch(Weight(manual="To get it, sign in at example.org."), "toy.tag")
     assert "`vitarium download toy.tag --file FILE`" in str(caught.value)
     assert "pretrained_cfg_overlay=dict(file=...)" in str(caught.value)
+    with pytest.raises(CheckpointError, match="or pass it as FeatureBackbone's checkpoint"):
+        fetch(Weight(manual="Sign in", task="det"), "toy.tag")
     assert not cache.exists()
 
 
@@ -643,18 +697,22 @@ def test_what_was_never_released_is_called_so():
         fetch(Weight(unreleased="its authors lost it"), "toy")
 
 
-def test_the_cache_moves_where_it_is_told(cache, tmp_path):
+def test_the_cache_moves_where_it_is_told(cache, tmp_path, monkeypatch):
     with Server({"/x.pth": FINE}) as server:
         path = fetch(Weight(url=server.url("/x.pth")), "toy", cache_dir=tmp_path / "mine")
         assert path.parent == tmp_path / "mine"
         assert (tmp_path / "mine" / "vitarium.lock.json").exists()
         assert not cache.exists()
+        monkeypatch.setenv("HOME", str(tmp_path))
+        assert fetch(Weight(url=server.url("/x.pth")), "toy", cache_dir="~/mine") == path
 
 
 @pytest.mark.parametrize(
     ("licence", "said"),
     [
         ("none stated", "no licence is stated"),
+        ("for non commercial use", "forbids commercial use"),
+        ("research use only", "forbids commercial use"),
         ("CC-BY-NC-4.0", "CC-BY-NC-4.0, forbids commercial use"),
         ("cc-by-nc-sa-4.0", "forbids commercial use"),
         ("MIT", None),
@@ -684,6 +742,24 @@ def test_a_cache_that_cannot_be_written_is_a_clear_error(tmp_path, monkeypatch):
     ):
         fetch(Weight(url=server.url("/x.pth")), "toy")
     assert not server.requests
+
+
+def test_a_cache_that_cannot_be_looked_into_is_a_clear_error(cache, monkeypatch):
+    def refused(*args, **kwargs):
+        raise PermissionError(13, "Permission denied")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("pathlib.Path.stat", refused)
+        patch.setattr("pathlib.Path.mkdir", refused)
+        with pytest.raises(CheckpointError, match="cannot write to the cache .*Permission denied"):
+            fetch(Weight(url="http://127.0.0.1:9/x.pth"), "toy")
+
+
+def test_a_program_without_a_console_downloads_too(monkeypatch):
+    monkeypatch.setattr("sys.stderr", None)
+    with Server({"/x.pth": FINE}) as server:
+        for name, progress in (("a", None), ("b", True)):
+            fetch(Weight(url=server.url("/x.pth"), licence="MIT"), name, progress=progress)
 
 
 def test_progress_is_shown_where_asked_for(capsys):

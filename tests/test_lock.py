@@ -68,6 +68,16 @@ def test_a_first_download_is_recorded_in_both_lock_files(cache, user):
         assert list(files(path)) == sorted(expected)
 
 
+def test_a_lock_file_behind_a_link_is_written_where_it_is(user, tmp_path, monkeypatch):
+    link = tmp_path / "link.json"
+    link.symlink_to(user)
+    monkeypatch.setenv("VITARIUM_LOCK", str(link))
+    with Server({"/x.pth": Reply(DATA)}) as server:
+        fetch(Weight(url=server.url("/x.pth")), "toy.tag")
+        assert files(user) == {server.url("/x.pth"): RECORD}
+    assert link.is_symlink()
+
+
 def test_a_published_hash_needs_no_record(cache):
     with Server({"/x.pth": Reply(DATA)}) as server:
         weight = Weight(url=server.url("/x.pth"), sha256=RECORD["sha256"])
@@ -251,6 +261,15 @@ def test_what_is_not_the_file_is_not_adopted(content, weight, message, local, ca
     with pytest.raises(CheckpointError, match=f"^toy.tag: .*{message}"):
         adopt(weight, "toy.tag", local)
     assert not [path for path in cache.glob("*") if path.suffix != ".lock"]
+
+
+def test_a_local_file_that_cannot_be_read_is_blamed_and_not_the_cache(local, monkeypatch):
+    def refused(*args):
+        raise PermissionError(13, "Permission denied", str(local))
+
+    monkeypatch.setattr("vitarium.checkpoints.download.check_structure", refused)
+    with pytest.raises(CheckpointError, match=r"local\.pth: cannot be copied .*Permission denied"):
+        adopt(MANUAL, "toy.tag", local)
 
 
 def test_adopting_another_file_than_recorded_is_refused_and_the_first_one_stays(local, tmp_path):

@@ -465,3 +465,16 @@ def test_hub(trained, monkeypatch, tmp_path):
     save_file(trained, tmp_path / "x.safetensors")
     with pytest.raises(CheckpointError, match=r"1 missing: norm\.weight"):
         load(overlay={"hf_hub_id": "someone/nat"})
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ({"pretrained_strict": False}, "pretrained_strict: expected True"),
+        ({"pretrained_filter_fn": dict}, "pretrained_filter_fn: expected None"),
+    ],
+)
+def test_options_of_timm_that_would_load_less_are_refused(trained, option, message):
+    with pytest.raises(ValueError, match=message):
+        load(overlay={"state_dict": trained}, **option)
+    assert_holds(load(overlay={"state_dict": trained}, pretrained_strict=True), trained)

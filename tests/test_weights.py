@@ -6,6 +6,8 @@ from urllib.parse import urlsplit
 
 import pytest
 import timm
+from PIL import Image
+from timm.data import create_transform, resolve_data_config
 from timm.models import get_pretrained_cfg
 
 from vitarium.backbones import _released
@@ -62,6 +64,14 @@ def test_a_file_has_one_way_to_it(name):
         assert weight.licence == "none stated"
 
 
+def test_whose_dense_code_is_in_copies_of_openmmlab_s():
+    """Agent Attention, Swin and DaViT ship mmdetection and mmsegmentation, with their licence."""
+    copies = re.compile(r"agent_|fused_").match
+    stated = {name: weight.code_licence for name, weight in WEIGHTS.items()}
+    expected = {name: "Apache-2.0" if name in DENSE and copies(name) else None for name in WEIGHTS}
+    assert stated == expected
+
+
 def test_only_what_a_program_can_fetch_is_pretrained_for_timm():
     pretrained = set(timm.list_pretrained())
     for name, weight in WEIGHTS.items():
@@ -106,6 +116,33 @@ def test_a_tag_s_description_is_its_network_s(name):
 def test_a_detector_s_backbone_is_in_the_zoo(entry, task):
     backbone = FeatureBackbone(entry, task=task, device="meta")
     assert len(backbone.channels) == 4
+
+
+@pytest.mark.parametrize(
+    ("name", "resized", "side"),
+    [
+        # Agent Attention's code squashes every image; with TEST.CROP False it crops none.
+        ("agent_deit_small.leaplab_in1k_448", (512, 512), 448),
+        ("agent_pvt_medium.leaplab_in1k_256", (292, 292), 256),
+        ("agent_cswin_base_384.leaplab_in1k", (438, 438), 384),
+        ("agent_swin_tiny.leaplab_in1k", (256, 256), 224),
+        ("agent_swin_small_288.leaplab_in1k", (288, 288), 288),
+        ("agent_swin_base_384.leaplab_in1k", (384, 384), 384),
+        # Swin's squashes at 384 only, the others' never.
+        ("fused_swin_base_patch4_window12_384.microsoft_in1k", (384, 384), 384),
+        ("fused_swinv2_tiny_window8_256.microsoft_in1k", (438, 292), 256),
+        ("biformer_tiny.rayleizhu_in1k", (384, 256), 224),
+        ("nat_tiny.shi_in1k", (384, 256), 224),
+    ],
+)
+def test_images_are_prepared_as_where_the_result_was_measured(name, resized, side):
+    """The size of a photograph of 600 x 400 pixels (width first) after resizing, then cropped."""
+    config = resolve_data_config(pretrained_cfg=get_pretrained_cfg(name).to_dict())
+    transform = create_transform(**config)
+    resize, crop, *_ = transform.transforms
+    image = resize(Image.new("RGB", (600, 400)))
+    assert image.size == resized
+    assert crop(image).size == (side, side)
 
 
 def test_every_file_has_a_result_or_is_known_to_have_none():

@@ -168,3 +168,16 @@ def test_a_released_detector_by_name(cache, monkeypatch):
         FeatureBackbone(name, task="seg")
     with pytest.raises(ValueError, match="checkpoint: expected None with the weights of nat_atto"):
         FeatureBackbone(name, pretrained=True, checkpoint=state)
+    for own in ({"checkpoint_path": "x"}, {"pretrained_cfg_overlay": {"file": "x"}}):
+        with pytest.raises(ValueError, match="expected none with the weights of nat_atto.me_mask"):
+            FeatureBackbone(name, pretrained=True, **own)
+
+
+def test_a_detector_s_norms_of_other_maps_are_left():
+    whole = FeatureBackbone("nat_atto", task="det").state_dict()
+    state = {key.replace("model.", "backbone.", 1): x for key, x in whole.items()}
+    some = FeatureBackbone("nat_atto", out_indices=(1, 2), task="det", checkpoint=state)
+    assert all(torch.equal(x, whole[key]) for key, x in some.state_dict().items())
+    del state["backbone.norm2.weight"]
+    with pytest.raises(ValueError, match=r"1 missing: model\.norm2\.weight"):
+        FeatureBackbone("nat_atto", out_indices=(1, 2), task="det", checkpoint=state)

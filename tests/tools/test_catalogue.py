@@ -59,6 +59,12 @@ def test_every_detector_and_segmenter_has_a_row(rows):
     assert row["params"] == sum(p.numel() for p in backbone.parameters())
 
 
+def test_what_is_left_out_is_said_of_its_family(rows):
+    families = catalogue._markdown(rows).split("\n## ")
+    said = [family.split()[0] for family in families if "\nLeft out: " in family]
+    assert said == ["fused"]
+
+
 def test_a_family_s_classifiers_stand_before_its_dense_files(rows):
     order = [row["task"] != "cls" for row in rows if row["family"] == "dinat"]
     assert order == sorted(order)

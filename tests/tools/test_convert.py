@@ -253,7 +253,9 @@ def test_what_does_not_fit_is_reported_and_writes_nothing(program, tmp_path):
         assert report["fits"] is False
         assert report["missing"] == ["norm.weight"]
         assert report["unexpected"] == ["strange"]
-        assert report["misshapen"].keys() == {"norm.bias"}
+        assert report["misshapen"] == {
+            "norm.bias": {"expected": "[256] float32", "got": "[7] float32"}
+        }
         assert program("convert", "nat_atto", source, out, *dry).out.count("missing") == 1
     assert list(tmp_path.iterdir()) == [source]
 
@@ -360,7 +362,7 @@ def test_tables_are_not_resized_unasked(program, tmp_path):
     out = tmp_path / "out.safetensors"
     status, text, err = program("convert", "vitrpb_atto", source, out, "--json")
     assert status == 1
-    assert "--img-size, --resize" in err
+    assert "--img-size, or convert's --resize" in err
     assert json.loads(text)["resized"]
     assert not out.exists()
     assert program("convert", "vitrpb_atto", source, out, "--resize").status == 0
@@ -495,7 +497,8 @@ def test_places_that_are_refused(out, more, message, program, tmp_path):
     [
         (["nat_attto", "in.pth", "out.safetensors"], "did you mean nat_atto"),
         (["vit_tiny_patch16_224", "in.pth", "out.safetensors"], "expected a model of vitarium"),
-        (["nat_atto", "no.pth", "out.safetensors"], "no.pth: no such file"),
+        (["nat_atto", "no.pth", "out.safetensors"], "error: no.pth: no such file"),
+        (["nat_atto", "no.pth", ""], "out: expected a name that ends with .safetensors"),
         (["swin", "in.pth", "out.pth", "--to", "transformers"], "unknown model"),
         (
             ["dinat_s_atto", "in.pth", "out.pth", "--to", "transformers"],
@@ -546,6 +549,14 @@ def test_a_disk_that_fills_up_leaves_what_was_there(suffix, program, tmp_path):
     assert out.read_bytes() == b"before"
     assert json.loads(out.with_suffix(".json").read_text()) == card
     assert not list(tmp_path.glob("*.part"))
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no modes of files")
+def test_whoever_may_read_the_card_may_read_the_tensors(program, tmp_path):
+    for suffix in (".safetensors", ".pth"):
+        out = tmp_path / f"out{suffix[1]}{suffix}"
+        assert program("convert", "nat_atto", ready(tmp_path), out, "--to", "authors").status == 0
+    assert len({path.stat().st_mode for path in tmp_path.iterdir()}) == 1
 
 
 def test_too_little_space_is_seen_before_writing(program, tmp_path, monkeypatch):

@@ -219,6 +219,19 @@ def test_sizes_that_the_model_takes(program, tmp_path):
     assert again.num_classes == 5
 
 
+def test_tables_are_not_resized_unasked(program, tmp_path):
+    """A fine-tuned model's tables go into the folder as they are, or not at all."""
+    checkpoint, _ = trained("agent_deit_atto", tmp_path, img_size=(96, 96))
+    argv = ("export-hub", "agent_deit_atto", tmp_path / "x", "--checkpoint", checkpoint)
+    status, _, err = program(*argv)
+    assert status == 1
+    assert "are resized on request only (--img-size" in err
+    assert not (tmp_path / "x").exists()
+    assert program(*argv, "--img-size", 96).err == ""
+    tables = load_file(tmp_path / "x" / "model.safetensors")
+    assert torch.equal(tables["pos_embed"], load_file(checkpoint)["pos_embed"])
+
+
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
@@ -246,8 +259,11 @@ def test_folders(program, tmp_path):
     for name in ("full", "full/x"):
         err = program("export-hub", "nat_atto", tmp_path / name).err
         assert f"{tmp_path / name}: expected a new or an empty folder" in err
+    held = (tmp_path / "empty").stat().st_ino
     assert program("export-hub", "nat_atto", tmp_path / "empty").err == ""
     assert len(list((tmp_path / "empty").iterdir())) == 3
+    # It may be a volume, or where a shell is.
+    assert (tmp_path / "empty").stat().st_ino == held
     assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "full"]
 
 
@@ -263,3 +279,6 @@ def test_nothing_is_left_half_written(program, tmp_path, monkeypatch, error, sta
     result = program("export-hub", "nat_atto", tmp_path / "x")
     assert result.status == status
     assert list(tmp_path.iterdir()) == []
+    (tmp_path / "x").mkdir()
+    assert program("export-hub", "nat_atto", tmp_path / "x").status == status
+    assert [*tmp_path.rglob("*")] == [tmp_path / "x"]

@@ -13,7 +13,7 @@ def test_tells_all_facts(program):
     assert facts["GFLOPs"] == "4.29 multiply-adds, counted at 224 x 224"
     assert facts["published"].startswith("4.3 GFLOPs (README of ")
     assert facts["top-1"].startswith("83.2 % (README of ")
-    assert facts["input"].startswith("224 x 224")
+    assert facts["input"] == "224 x 224, crop 0.875 (center), bicubic"
     assert facts["channels"] == "64, 128, 256, 512 at strides 4, 8, 16, 32"
     assert facts["ops"] == "neighborhood"
     assert facts["weights"].startswith("download: https://shi-labs.com/")
@@ -32,6 +32,11 @@ def test_tells_all_facts(program):
 def test_a_fact_that_nobody_states_is_called_that(program):
     lines = program("info", "nat_atto").out.splitlines()
     assert [line.split()[1:] for line in lines if line.startswith("top-1")] == [["not", "stated"]]
+
+
+def test_how_the_images_of_a_tag_are_prepared(program):
+    squashed = _facts(program, "agent_swin_base_384")["input"]
+    assert squashed == "384 x 384, crop 1.0 (squash), bicubic"
 
 
 def _facts(program, name):
@@ -54,6 +59,7 @@ def test_a_detector(program):
 def test_weights_that_no_program_can_fetch(program):
     facts = _facts(program, "biformer_tiny")
     assert facts["weights"].startswith("manual: Save https://1drv.ms/")
+    assert "or the file in the authors' folder, https://1drv.ms/" in facts["weights"]
     assert "sha256" in facts
     facts = _facts(program, "biformer_base.rayleizhu_upernet_160k_ade20k")
     assert facts["weights"] == "not released: the authors publish training logs only"
@@ -82,3 +88,9 @@ def test_unknown_models_and_tags(program):
     assert program("info", "nat_base.in22k").err.startswith(
         "vitarium: error: unknown model 'nat_base.in22k'; did you mean nat_base"
     )
+
+
+def test_a_name_is_proposed_once(program):
+    err = program("info", "nat_tiny.shi").err
+    proposed = err.strip().partition("did you mean ")[2].rstrip("?").split(", ")
+    assert len(proposed) == len(set(proposed)) == 3

@@ -133,6 +133,9 @@ def build(
     kwargs["feature_cfg"] = {"feature_cls": "getter", **kwargs.get("feature_cfg", {})}
     if not pretrained:
         return build_model_with_cfg(model_cls, variant, False, **kwargs)
+    for key, only in (("pretrained_strict", True), ("pretrained_filter_fn", None)):
+        if kwargs.get(key, only) is not only:
+            raise ValueError(f"{key}: expected {only}, weights fit whole, got {kwargs[key]!r}")
     overlay = kwargs.get("pretrained_cfg_overlay") or {}
     cfg = resolve_pretrained_cfg(variant, kwargs.get("pretrained_cfg"), overlay)
     beside = [key for key in _SOURCES if overlay.get(key) is not None]

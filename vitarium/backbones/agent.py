@@ -706,6 +706,15 @@ _LIMITS = {
     "agent_pvt_atto": ("no final norm",),
     "agent_cswin_atto": ("dense form",),
 }
+_UNCROPPED = ("agent_swin_small_288.leaplab_in1k", "agent_swin_base_384.leaplab_in1k")
+
+
+def _released_cfg(name: str, side: int) -> dict[str, Any]:
+    """The authors squash images, and most files are evaluated on the middle, as by timm."""
+    evaluation = {"crop_mode": "squash", "crop_pct": 1.0 if name in _UNCROPPED else 0.875}
+    return _cfg(name, side, origin_url=_ORIGIN, **evaluation)
+
+
 _SMALL = {"num_classes": 10, "crop_pct": 1.0}
 _TOKENS = {"min_input_size": (3, 8, 8), "pool_size": (8, 8)}
 default_cfgs = generate_default_cfgs(
@@ -714,7 +723,7 @@ default_cfgs = generate_default_cfgs(
         "agent_pvt_atto.untrained": _cfg("agent_pvt_atto.untrained", 64, **_SMALL),
         "agent_swin_atto.untrained": _cfg("agent_swin_atto.untrained", 64, **_SMALL),
         "agent_cswin_atto.untrained": _cfg("agent_cswin_atto.untrained", 64, **_SMALL),
-        **{name: _cfg(name, side, origin_url=_ORIGIN) for name, (side, *_) in _FILES.items()},
+        **{name: _released_cfg(name, side) for name, (side, *_) in _FILES.items()},
     }
 )
 

@@ -496,6 +496,7 @@ _SHARES = {
     "biformer_stl": "s!AkBbczdRlZvChSf-m7ujkvx9lIQ1",
     "biformer_stl_nchw": "s!AkBbczdRlZvChWYrKbWbMgqd2Ai0",
 }
+_FOLDER = "the authors' folder, https://1drv.ms/u/s!AkBbczdRlZvChGsXFqAA-PVnA-R8?e=IPlOCG"
 _DENSE: Tables = {  # box AP, mask AP, or mIoU of one scale, several
     "mask_rcnn_1x_coco": {"small": (47.8, 43.2, None), "base": (48.6, 43.7, None)},
     "retinanet_1x_coco": {"small": (45.9, None), "base": (47.1, None)},
@@ -506,8 +507,9 @@ _DENSE: Tables = {  # box AP, mask AP, or mIoU of one scale, several
 
 def _weight(share: str) -> Weight:
     return Weight(
-        manual=f"Save https://1drv.ms/u/{share} from a browser; the authors' link to that share, "
-        f"https://api.onedrive.com/v1.0/shares/{share}/root/content, answers no longer",
+        manual=f"Save https://1drv.ms/u/{share} from a browser, or the file in {_FOLDER}; the "
+        f"authors' link to the former, https://api.onedrive.com/v1.0/shares/{share}/root/content, "
+        f"answers no longer",
         wrapper="model",
     )
 

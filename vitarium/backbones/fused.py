@@ -3,7 +3,8 @@
 Papers: Swin (Liu et al., ICCV 2021, arXiv 2103.14030), SwinV2 (Liu et al., CVPR 2022, arXiv
 2111.09883), DaViT (Ding et al., ECCV 2022, arXiv 2204.03645). Authors' code:
 microsoft/Swin-Transformer, commit f82860b; SwinTransformer/Swin-Transformer-Object-Detection,
-commit c7b2011; dingmyu/davit, commit fc79470; all MIT licence.
+commit c7b2011; dingmyu/davit, commit fc79470; all MIT licence, but the detectors and segmenters, in
+copies of OpenMMLab's code, Apache-2.0.
 
 The networks are timm's classes, with timm's names of parameters, tags and weights. Their blocks
 roll, pad, cut, mask and put together again around each attention; ours do not. Every entry takes
@@ -345,9 +346,12 @@ _SWIN = "README of microsoft/Swin-Transformer, f82860b"
 _SWIN_DET = "README of SwinTransformer/Swin-Transformer-Object-Detection, c7b2011"
 _SWIN_SEG = "README of SwinTransformer/Swin-Transformer-Semantic-Segmentation, 87e6f90"
 _DAVIT = "README of dingmyu/davit, fc79470"
-# By the authors' name: top-1, GFLOPs, release, and how the file's name goes on. Left out: Swin-MLP,
-# which has no attention; Swin-MoE, whose experts need a library; SimMIM's pre-training, which has
-# no classifier.
+_LEFT_OUT = (
+    "Swin-MLP, which has no attention; Swin-MoE, whose experts need a library; SimMIM's files, "
+    "which have no classifier or, but for two of Swin-B, windows that no entry has; results "
+    "without a file, of HTC++ and of UPerNet after ImageNet-22k, whose windows are not stated"
+)
+# By the authors' name: top-1, GFLOPs, release, and how the file's name goes on.
 _SWIN_FILES: Mapping[str, Mapping[str, tuple[float | None, float | None, str, str]]] = {
     "swin_tiny_patch4_window7_224": {
         "in1k": (81.2, 4.5, "v1.0.0", ""),
@@ -657,11 +661,13 @@ def _swin_weight(file: str, task: str) -> Weight:
 
 
 def _davit_weight(file: str, task: str) -> Weight:
+    """As of Swin, the code in dense form is in copies of OpenMMLab's, with its licence."""
     folder = "https://connecthkuhk-my.sharepoint.com/:u:/g/personal/u3007305_connect_hku_hk"
     return Weight(
         manual=f"Save {folder}/{file} from a browser: SharePoint serves browsers only",
         wrapper="state_dict",
         task=task,
+        code_licence=None if task == "cls" else "Apache-2.0",
     )
 
 

@@ -39,10 +39,10 @@ def check_files(
         OSError: no such folder, or a folder in place of a file.
     """
     out = Path(out)
-    card = card_path(out)
     suffixes = (".safetensors",) if to == "ours" else (".safetensors", ".pth")
     if out.suffix not in suffixes:
         raise ValueError(f"out: expected a name that ends with {' or '.join(suffixes)}, got {out}")
+    card = card_path(out)
     if not out.parent.is_dir():
         raise FileNotFoundError(errno.ENOENT, "no such folder", str(out.parent))
     if out.is_dir():
@@ -127,6 +127,7 @@ def write(
             },
         }
         card_part.write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
+        shutil.copymode(card_part, part)  # safetensors lets nobody else read
         sync(card_part)
     return card
 

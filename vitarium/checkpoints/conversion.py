@@ -98,7 +98,7 @@ class Conversion:
             name, table = next(iter(self.resized.items()))
             return (
                 f"{len(self.resized)} tables are for another size of images or windows, and are "
-                f"resized on request only (--img-size, --resize): {name} expected "
+                f"resized on request only (--img-size, or convert's --resize): {name} expected "
                 f"{list(table.after)}, got {list(table.before)}"
             )
         return None
@@ -181,8 +181,8 @@ def plan(
     model = target.build()
     if img_size is not None:
         target.require_effect(img_size)
+    obj = source if isinstance(source, Mapping) else read(source, mmap=True)
     try:
-        obj = source if isinstance(source, Mapping) else read(source, mmap=True)
         found, layers = unwrap_layers(obj, wrapper)
         dropped: dict[str, str] = {}
         if head is None:

@@ -20,7 +20,7 @@ from filelock import FileLock, Timeout
 from vitarium.checkpoints import lock
 from vitarium.checkpoints.disk import digest, rename
 from vitarium.checkpoints.errors import CheckpointError
-from vitarium.checkpoints.files import check_structure
+from vitarium.checkpoints.files import check_structure, read
 from vitarium.checkpoints.hub import cached_hub_file
 from vitarium.checkpoints.parts import Part
 from vitarium.checkpoints.progress import Meter, meter, wanted
@@ -75,11 +75,12 @@ def fetch(
             raise CheckpointError(f"{name}: {packaged}: {fault}; install the package again")
         return packaged
     place = _Place(weight, name, cache_dir, lock_file)
-    if place.path.exists() and place.fault() is None:
+    present = os.path.exists(place.path)  # False too where the folder is closed to us
+    if present and place.fault() is None:
         return place.path
-    if weight.url is None and not place.path.exists():
+    if weight.url is None and not present:
         raise CheckpointError(_instructions(weight, name))
-    kept = None if place.path.exists() else cached_hub_file(place.key, cache_dir)
+    kept = None if present else cached_hub_file(place.key, cache_dir)
     if kept is not None and _fault(kept, place.expected()) is None:
         return kept
     with place.held(progress):
@@ -117,7 +118,6 @@ def adopt(
     source, copy = Path(file), place.path.with_name(place.path.name + ".new")
     with place.held(progress=None):
         try:
-            check_structure(source)
             _copy(source, copy)
             place.keep(copy, place.checked(copy))
         except CheckpointError as error:
@@ -158,7 +158,7 @@ class _Place:
         folder = (
             Path(torch.hub.get_dir()) / "checkpoints" / "vitarium"
             if cache_dir is None
-            else Path(cache_dir)
+            else Path(cache_dir).expanduser()
         )
         self.weight = weight
         self.name = name
@@ -200,7 +200,7 @@ class _Place:
         Raises:
             CheckpointError: it is no checkpoint, or not the one that is expected.
         """
-        check_structure(file)
+        kind = check_structure(file)
         expected, sha256 = self.expected(), digest(file)
         fault = expected.fault(file.stat().st_size, sha256)
         if fault is not None and expected.lock_file is not None:
@@ -209,6 +209,9 @@ class _Place:
             fault = f"the hub states sha256 {linked}, got {sha256}"
         if fault is not None:
             raise CheckpointError(f"the wrong file: {fault}")
+        if expected.sha256 is None and kind == "pickle":
+            # Only who reads all of torch's format before 1.6 knows that it is whole.
+            read(file)
         return sha256
 
     def keep(self, file: Path, sha256: str) -> None:
@@ -254,10 +257,11 @@ class _Place:
 
 
 def _instructions(weight: Weight, name: str) -> str:
+    cls = weight.task == "cls"
+    argument = "pretrained_cfg_overlay=dict(file=...)" if cls else "FeatureBackbone's checkpoint"
     return (
         f"{name}: no program can fetch this file. {(weight.manual or '').rstrip('. ')}. Then run "
-        f"`vitarium download {name} --file FILE`, or pass it as "
-        f"pretrained_cfg_overlay=dict(file=...)"
+        f"`vitarium download {name} --file FILE`, or pass it as {argument}"
     )
 
 
@@ -338,6 +342,7 @@ def _fault(path: Path, expected: _Expected) -> str | None:
 
 def _copy(source: Path, copy: Path) -> None:
     try:
+        check_structure(source)
         with source.open("rb") as original, copy.open("wb") as file:
             shutil.copyfileobj(original, file, _CHUNK)
             file.flush()

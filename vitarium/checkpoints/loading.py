@@ -155,7 +155,7 @@ def compare(
         if fnmatchcase(name, pattern)
     }
     misshapen = {
-        name: (_described(expected[name]), _described(tensor))
+        name: (_described(expected[name], data), _described(tensor, data))
         for name, tensor in state_dict.items()
         if name in expected and not _alike(expected[name], tensor, data)
     }
@@ -237,6 +237,6 @@ def _alike(expected: Tensor, actual: Tensor, data: bool) -> bool:
     )
 
 
-def _described(tensor: Tensor) -> str:
-    where = " without data" if tensor.is_meta else ""
+def _described(tensor: Tensor, data: bool) -> str:
+    where = " without data" if data and tensor.is_meta else ""
     return f"{list(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}{where}"

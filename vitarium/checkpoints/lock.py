@@ -40,7 +40,9 @@ def lock_files(folder: Path, chosen: str | os.PathLike[str] | None = None) -> li
         chosen: the user's; None means the one that ``VITARIUM_LOCK`` names, if any.
     """
     user = chosen or os.environ.get("VITARIUM_LOCK")
-    return [*([Path(user).expanduser()] if user else []), folder / _NAME]
+    # What a link leads to is written, not the link.
+    named = [Path(os.path.realpath(Path(user).expanduser()))] if user else []
+    return [*named, folder / _NAME]
 
 
 def find(url: str, files: Sequence[Path]) -> tuple[Record, Path] | None:

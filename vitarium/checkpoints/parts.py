@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -41,16 +42,22 @@ class Part:
     @property
     def size(self) -> int:
         """In bytes; 0 where there is none."""
-        return self.path.stat().st_size if self.path.exists() else 0
+        return self.path.stat().st_size if self.path.exists() and not self._linked() else 0
 
     def origin(self) -> Origin | None:
         """The record; None where there is none that can be read."""
         try:
             found = Origin(**json.loads(self._record.read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError):
+        except (OSError, ValueError, TypeError, RecursionError):
             return None
         sizes = (found.synced, 0 if found.size is None else found.size)
-        return found if all(type(size) is int and size >= 0 for size in sizes) else None
+        validator = "" if found.validator is None else found.validator
+        good = (
+            all(type(size) is int and size >= 0 for size in sizes)
+            and isinstance(validator, str)
+            and re.fullmatch("[ -~\x80-\xff]*", validator)  # what a header may hold
+        )
+        return found if good else None
 
     def resumable(self, url: str, size: int | None, hashed: bool) -> int:
         """How many of its bytes a download of ``url`` may keep.
@@ -85,6 +92,8 @@ class Part:
     @contextmanager
     def writing(self, offset: int, origin: Origin) -> Iterator[_Writer]:
         """Keep the first ``offset`` bytes and write behind them."""
+        if self._linked():
+            self.path.unlink()
         with self.path.open("r+b" if offset else "wb") as file:
             file.truncate(offset)
             file.seek(offset)
@@ -94,6 +103,10 @@ class Part:
                 yield writer
             finally:
                 writer.sync()
+
+    def _linked(self) -> bool:
+        """Whether someone has put a link in its place, through which nothing may be written."""
+        return self.path.is_symlink()
 
     def discard(self) -> None:
         """Remove both files."""

@@ -32,7 +32,8 @@ class _Bar(Meter):
 
 def wanted(progress: bool | None) -> bool:
     """Whether to show anything: what the caller says, or where stderr is a terminal."""
-    return sys.stderr.isatty() if progress is None else progress
+    # A program without a console has no stderr.
+    return sys.stderr is not None and (sys.stderr.isatty() if progress is None else progress)
 
 
 @contextmanager

@@ -45,7 +45,7 @@ _LINKED = re.compile('"?([0-9a-f]{64})"?')
 
 
 class WrongFileError(CheckpointError):
-    """What came is not the file: nothing of it is worth keeping."""
+    """What was written is not the file: nothing of it is worth keeping."""
 
 
 class _TransientError(Exception):
@@ -94,8 +94,9 @@ def transfer(url: str, part: Part, size: int | None, hashed: bool, meter: Meter)
         meter: is told how far it is.
 
     Raises:
-        WrongFileError: what comes is not the file.
-        CheckpointError: the address refuses, or fails again and again; the part stays.
+        WrongFileError: what came and was written is not the file.
+        CheckpointError: the address refuses, sends something else from the first bytes on, or
+            fails again and again; the part stays.
         OSError: the disk cannot be written.
     """
     furthest = part.size
@@ -153,7 +154,7 @@ def _receive(
         head = _head(chunks)
         _check_kind(head, total)
     if size is not None and total != size:
-        raise WrongFileError(f"sent the wrong file: expected {size} bytes, got {total}")
+        raise CheckpointError(f"sent the wrong file: expected {size} bytes, got {total}")
     needed = (total or 0) - part.size
     free = shutil.disk_usage(part.path.parent).free
     if needed > free:
@@ -199,7 +200,7 @@ def _continues(
 def _validator(headers: Message) -> str | None:
     """What changes whenever the file does, as If-Range wants it: ETag or Last-Modified."""
     etag, modified = headers.get("ETag", ""), headers.get("Last-Modified")
-    if re.fullmatch('"[^"]*"', etag):
+    if re.fullmatch('"[!#-~\x80-\xff]*"', etag):
         return etag
     # A file that has just been written may be written again without another date.
     then, now = _seconds(modified), _seconds(headers.get("Date"))
@@ -240,8 +241,10 @@ def _open(url: str, offset: int = 0, origin: Origin | None = None) -> _Answer:
 
 def _redirected(address: str, location: str) -> str:
     """Where a redirect leads: on the web, and on https once there."""
+    # Headers are read as Latin-1; the bytes are what the server means.
+    quoted = urllib.parse.quote(location, safe=punctuation, encoding="latin-1")
     try:
-        target = urllib.parse.urljoin(address, urllib.parse.quote(location, safe=punctuation))
+        target = urllib.parse.urljoin(address, quoted)
         scheme = urllib.parse.urlsplit(target).scheme
     except ValueError as error:
         raise CheckpointError(f"redirects to {location!r}, which is no address") from error
@@ -261,8 +264,8 @@ class _Answers(urllib.request.HTTPErrorProcessor):
 
 def _request(address: str, headers: dict[str, str]) -> http.client.HTTPResponse:
     opener = urllib.request.build_opener(_Answers())
-    request = urllib.request.Request(address, headers=headers)
     try:
+        request = urllib.request.Request(address, headers=headers)
         response: http.client.HTTPResponse = opener.open(request, timeout=_TIMEOUT)
     except urllib.error.URLError as error:
         if isinstance(error.reason, ssl.SSLCertVerificationError):
@@ -332,4 +335,4 @@ def _check_kind(head: bytes, total: int | None) -> None:
     cut = len(head) < _HEAD and len(head) != total
     text = len(head) >= _NAMED and head.lstrip().startswith((b"<", b"{", b"["))
     if kind not in KINDS and (text or not cut):
-        raise WrongFileError(f"sent {kind} instead of a checkpoint")
+        raise CheckpointError(f"sent {kind} instead of a checkpoint")

@@ -10,7 +10,9 @@ from vitarium.checkpoints.wrappers import WRAPPERS
 
 TASKS = ("cls", "det", "seg")
 _NAME = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9_+-]|\.(?!\.)){0,150}")
-_NON_COMMERCIAL = re.compile(r"\bnc\b|non-?commercial|research[ -]only", re.IGNORECASE)
+_NON_COMMERCIAL = re.compile(
+    r"\bnc\b|non[ -]?commercial|research[ -]((use|purposes?)[ -])?only", re.IGNORECASE
+)
 _ADDRESS = re.compile(r"https?://([\w.-]+|\[[0-9a-fA-F:.]+\])(:[0-9]+)?/[!-~]*", re.ASCII)
 
 

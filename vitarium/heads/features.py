@@ -16,6 +16,7 @@ from vitarium import checkpoints
 from vitarium.backbones._registry import entries, released
 
 _TASKS = ("det", "seg")
+_SOURCES = ("state_dict", "file", "url", "hf_hub_id")  # of weights, in timm's overlay
 
 
 class FeatureBackbone(nn.Module):
@@ -79,6 +80,13 @@ class FeatureBackbone(nn.Module):
                     raise ValueError(
                         f"checkpoint: expected None with the weights of {name}, got another one"
                     )
+                overlay = model_kwargs.get("pretrained_cfg_overlay") or {}
+                for key in ("checkpoint_path", *_SOURCES):
+                    if {**overlay, **model_kwargs}.get(key) is not None:
+                        raise ValueError(
+                            f"{key}: expected none with the weights of {name}; a file of your own "
+                            f"is given as checkpoint, without pretrained"
+                        )
                 cache_dir = model_kwargs.pop("cache_dir", None)
                 checkpoint = checkpoints.fetch(weight, name, cache_dir=cache_dir)
             name, task = entry, weight.task
@@ -104,7 +112,8 @@ class FeatureBackbone(nn.Module):
             whole = {*model.state_dict(), f"{model.pretrained_cfg['classifier']}.*"}
             if adapter is not None and task is not None:
                 self.model = adapter(model, task, self.out_indices)
-                unused = whole - self.model.state_dict().keys()
+                norms = {f"norm{i}.*" for i in range(len(info)) if i not in self.out_indices}
+                unused = norms | whole - self.model.state_dict().keys()
             else:
                 self.model = FeatureGetterNet(model, self.out_indices)
                 unused = whole - model.state_dict().keys()

@@ -125,6 +125,7 @@ def _model(
         "std": cfg.std,
         "interpolation": cfg.interpolation,
         "crop_pct": cfg.crop_pct,
+        "crop_mode": cfg.crop_mode,
         **_counted(alike),
     }
 
@@ -148,11 +149,11 @@ def _dense(module: ModuleType, name: str, weight: Weight) -> dict[str, Any]:
     entry = name.partition(".")[0]
     cfg = get_pretrained_cfg(entry)
     assert cfg is not None
-    unknown = ("num_classes", "input_size", "mean", "std", "interpolation", "crop_pct", "gflops")
+    images = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
     return {
         **_row_of(module, name, cfg, weight.code_licence or module._CODE_LICENCE),
         "default": False,
-        **dict.fromkeys(unknown),
+        **dict.fromkeys(("num_classes", *images, "gflops")),
         **_counted_backbone(entry, weight.task),
     }
 
@@ -262,12 +263,20 @@ def _markdown(models: list[dict[str, Any]]) -> str:
             )
             parts += [_dense_row(row) for row in dense]
             parts += _sources("Results", dense)
+        parts += _left_out(family)
     return "".join(parts)
 
 
 def _sources(what: str, rows: Iterable[dict[str, Any]]) -> list[str]:
     sources = dict.fromkeys(row["source"] for row in rows if row["source"])
     return [f"\n{what}: {source}.\n" for source in sources]
+
+
+def _left_out(family: str) -> list[str]:
+    """What a family's authors released or report, but the zoo has not, with the reasons."""
+    modules = {module.__name__.rpartition(".")[2]: module for module in entries().values()}
+    text = getattr(modules[family], "_LEFT_OUT", None)
+    return [] if text is None else [f"\nLeft out: {text}.\n"]
 
 
 def _paper(model: dict[str, Any]) -> str:

@@ -21,10 +21,11 @@ from torch.utils.flop_counter import FlopCounterMode
 import vitarium
 from vitarium.backbones._registry import entries
 from vitarium.checkpoints import fetch, load
+from vitarium.checkpoints.conversion import plan
 from vitarium.checkpoints.disk import digest
 from vitarium.tools._common import check_model
 
-_WEIGHTS = "model.safetensors"
+_WEIGHTS, _CONFIG, _README = "model.safetensors", "config.json", "README.md"
 # Licences that the hub has a name for, among those that weights have.
 _HUB_LICENCES = {
     *("mit", "apache-2.0", "bsd-2-clause", "bsd-3-clause", "gpl-3.0", "agpl-3.0", "cc0-1.0"),
@@ -64,13 +65,16 @@ def run(args: Namespace) -> int:
         raise ValueError(f"{args.folder}: expected a new or an empty folder")
     name = _full_name(args.model)
     model = _model(args, name)
-    part = folder.with_name(f".{folder.name}.{os.getpid()}.part")
+    exists = folder.exists()
+    part = (folder if exists else folder.parent) / f".{folder.name}.{os.getpid()}.part"
     try:
         part.mkdir(parents=True)
         _write(part, model, name, args)
-        if folder.exists():
-            folder.rmdir()
-        part.rename(folder)
+        if exists:  # it stays, for it may be a volume, or where a shell is
+            for file in (_WEIGHTS, _README, _CONFIG):  # without the last, nobody reads the others
+                (part / file).rename(folder / file)
+        else:
+            part.rename(folder)
     finally:
         shutil.rmtree(part, ignore_errors=True)
     print(f"wrote {args.folder}: {', '.join(sorted(path.name for path in folder.iterdir()))}")
@@ -99,6 +103,8 @@ def _model(args: Namespace, name: str) -> Any:
             raise
         raise ValueError(f"--img-size: {name} takes images of any size") from error
     if args.checkpoint is not None:
+        if args.img_size is None:  # otherwise tables may be resized
+            plan(name, args.checkpoint).require_fit()
         load(model, args.checkpoint)
         model.pretrained_cfg = {
             key: value for key, value in model.pretrained_cfg.items() if key not in _OF_THE_TAG
@@ -117,10 +123,10 @@ def _write(folder: Path, model: Any, name: str, args: Namespace) -> None:
     except SafetensorError as error:
         raise OSError(f"{folder / _WEIGHTS}: cannot be written: {error}") from error
     data = {"input_size": (model.in_chans, *args.img_size)} if args.img_size else None
-    save_config_for_hf(model, str(folder / "config.json"), data_config=data)
-    shutil.copymode(folder / "config.json", folder / _WEIGHTS)  # safetensors lets nobody else read
+    save_config_for_hf(model, str(folder / _CONFIG), data_config=data)
+    shutil.copymode(folder / _CONFIG, folder / _WEIGHTS)  # safetensors lets nobody else read
     entry = name.partition(".")[0]
-    cfg = json.loads((folder / "config.json").read_text())["pretrained_cfg"]
+    cfg = json.loads((folder / _CONFIG).read_text())["pretrained_cfg"]
     own = args.checkpoint is not None
     origin = _own(Path(args.checkpoint)) if own else _of_the_tag(name, args.img_size)
     details = {
@@ -136,7 +142,7 @@ def _write(folder: Path, model: Any, name: str, args: Namespace) -> None:
         "usage": _USAGE,
     }
     readme = generate_readme(card, entry if own else name)
-    (folder / "README.md").write_text(readme, encoding="utf-8", newline="\n")
+    (folder / _README).write_text(readme, encoding="utf-8", newline="\n")
 
 
 def _network(name: str, cfg: Mapping[str, Any], wanted: Mapping[str, Any]) -> dict[str, str]:
@@ -155,8 +161,8 @@ def _network(name: str, cfg: Mapping[str, Any], wanted: Mapping[str, Any]) -> di
         "parameters": f"{sum(parameter.numel() for parameter in model.parameters()):,}",
         "GFLOPs": f"{_gflops(model, cfg['input_size']):.2f} multiply-adds at {height} x {width}",
         "classes": str(model.num_classes),
-        "images": f"{height} x {width}, {cfg['interpolation']}, crop {cfg['crop_pct']}, mean "
-        f"{_row(cfg['mean'])}, standard deviation {_row(cfg['std'])}",
+        "images": f"{height} x {width}, {cfg['interpolation']}, crop {cfg['crop_pct']} "
+        f"({cfg['crop_mode']}), mean {_row(cfg['mean'])}, standard deviation {_row(cfg['std'])}",
     }
 
 

@@ -25,7 +25,7 @@ def run(args: Namespace) -> int:
         if args.model == model["name"] or (args.model == model["entry"] and model["default"])
     ]
     if not found:
-        known = [text for m in models for text in (m["name"], m["entry"])]
+        known = sorted({text for m in models for text in (m["name"], m["entry"])})
         raise ValueError(f"unknown model {args.model!r}{did_you_mean(args.model, known)}")
     model = found[0]
     beside = [m for m in models if m["entry"] == model["entry"] and m["name"] != model["name"]]
@@ -60,6 +60,7 @@ def _facts(model: dict[str, Any]) -> dict[str, str]:
 
 def _classifier(model: dict[str, Any]) -> dict[str, str]:
     height, width = model["input_size"][1:]
+    crop = f"crop {model['crop_pct']} ({model['crop_mode']})"
     published = f" ({model['source']})" if model["source"] else ""
     setting = {"setting": model["setting"]} if model["setting"] else {}
     return {
@@ -68,7 +69,7 @@ def _classifier(model: dict[str, Any]) -> dict[str, str]:
         "top-1": _known(model["top1"], f" %{published}"),
         **setting,
         "classes": str(model["num_classes"]),
-        "input": f"{height} x {width}, crop {model['crop_pct']}, {model['interpolation']}",
+        "input": f"{height} x {width}, {crop}, {model['interpolation']}",
         "mean, std": f"{_row(model['mean'])}; {_row(model['std'])}",
     }
 
