@@ -3,8 +3,8 @@
 - "classification": ``{train,val}/<digit>/<sample>.png``, 64 x 64 pixels, as timm and torchvision's
   ImageFolder read it; ``sample`` counts those of scikit-learn's ``load_digits``.
 - "detection": ``{train,val}/<scene>.png`` and COCO's ``annotations/instances_{train,val}.json``.
-  Category ids are 1 ... 10 for the digits 0 ... 9, masks are uncompressed run lengths (pycocotools,
-  mmdet and detectron2 decode them), and each annotation tells its ``sample``.
+  Category ids are 1 ... 10 for the digits 0 ... 9, masks are uncompressed run lengths (what
+  pycocotools and mmdet decode), and each annotation tells its ``sample``.
 - "segmentation": ``images/{train,val}/<scene>.png`` and ``annotations/{train,val}/<scene>.png``,
   8-bit maps, 0 for background and 1 ... 10 for the digits 0 ... 9, as mmseg has Pascal VOC; every
   pixel counts.
@@ -32,6 +32,10 @@ from vitarium.data.textures import Size
 
 VERSION = 1  # of the files' content: one more wherever a digit or a scene looks unlike before
 KINDS = ("classification", "detection", "segmentation")
+_ORIGIN = (
+    "E. Alpaydin, C. Kaynak: Optical Recognition of Handwritten Digits, UCI (CC BY 4.0), as "
+    "scikit-learn has it"
+)
 _Advance: TypeAlias = Callable[[int], None]
 
 
@@ -174,6 +178,7 @@ def _write_detection(folder: Path, scenes: Scenes, advance: _Advance) -> None:
         "info": {
             "description": f"vitarium's scenes of handwritten digits, {scenes.split}",
             "version": str(VERSION),
+            "contributor": _ORIGIN,
             "seed": scenes.seed,
         },
         "images": images,
