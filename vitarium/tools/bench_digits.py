@@ -1,4 +1,4 @@
-"""``vitarium bench digits``: every small model trained on the digits, by one recipe, from nothing."""
+"""``vitarium bench digits``: every small model trained on the digits, all by one recipe."""
 
 from __future__ import annotations
 
@@ -62,9 +62,9 @@ def measure(console: Console, names: Sequence[str]) -> list[Row]:
         rows.append(_trained(shown, model))
         console.print(_line(rows[-1]))
     columns = ["", "M parameters", "top-1 %", "wrong of 360", "CPU s"]
+    formats = {"param_count": ".2f", "top1": ".2f", "wrong": "d", "cpu_s": ".0f"}
     table = [
-        [row["model"], f"{row['param_count']:.2f}", f"{row['top1']:.2f}", str(row["wrong"])]
-        + [f"{row['cpu_s']:.0f}"]
+        [row["model"], *(format(row[key], form) for key, form in formats.items())]
         for row in sorted(rows, key=lambda row: -row["top1"])
     ]
     bench.show(console, f"held-out digits, {RECIPE}.toml, from random weights", columns, table)
