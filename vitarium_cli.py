@@ -382,6 +382,13 @@ def _config_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="SECTION.KEY=VALUE",
         help="instead of what CONFIG says; may be repeated",
     )
+    parser.add_argument(
+        "--strict",
+        dest="set",
+        action="append_const",
+        const="data.strict=true",
+        help="stop at an image that cannot be read, instead of naming it and going on",
+    )
     parser.add_argument("--device", choices=("cpu", "cuda"), help="(default: cuda if there is one)")
 
 
