@@ -431,7 +431,7 @@ class Segmenter(nn.Module):
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute the backbone's blocks in the backward pass instead of storing their values."""
-        self.backbone.model.set_grad_checkpointing(enable)
+        self.backbone.set_grad_checkpointing(enable)
 
     def checkpoint_ignore(self) -> dict[str, str]:
         """Names of tensors that a whole segmenter's checkpoint may have beside: why."""
