@@ -73,18 +73,27 @@ def seeded(*key: int) -> Iterator[None]:
     So what is drawn inside does not depend on what was drawn before: not on an interruption, nor
     on which process reads an image.
     """
-    words = np.random.SeedSequence(key).generate_state(4)
-    before = random.getstate(), np.random.get_state()
-    cuda = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
-    with torch.random.fork_rng(devices=cuda):
-        random.seed(int(words[0]))
-        np.random.seed(words[1])
-        torch.manual_seed(int(words[2]) << 32 | int(words[3]))
-        try:
-            yield
-        finally:
-            random.setstate(before[0])
-            np.random.set_state(before[1])
+    sequence = np.random.SeedSequence(key)
+    words = sequence.generate_state(4)
+    seed = int(words[2]) << 32 | int(words[3])
+    # torch.manual_seed walks through every kind of device, and costs more than to read an image;
+    # NumPy's state is large, so its generator is changed for another one.
+    cpu, cuda = torch.default_generator, torch.cuda.is_initialized()
+    before = random.getstate(), np.random.get_bit_generator(), cpu.get_state()
+    device = torch.cuda.get_rng_state() if cuda else None
+    random.seed(int(words[0]))
+    np.random.set_bit_generator(np.random.PCG64(sequence))
+    cpu.manual_seed(seed)
+    if cuda:
+        torch.cuda.manual_seed(seed)
+    try:
+        yield
+    finally:
+        random.setstate(before[0])
+        np.random.set_bit_generator(before[1])
+        cpu.set_state(before[2])
+        if device is not None:
+            torch.cuda.set_rng_state(device)
 
 
 def seeded_step(seed: int, micro_batch: int) -> Any:
