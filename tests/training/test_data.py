@@ -211,7 +211,10 @@ def test_folders(make_config, colours, tmp_path):
         ({"data__source": "cifar"}, "data.source: expected one of folder, "),
         ({"data__image_key": "x"}, "data.image_key: folder has none"),
         ({"data__source": "digits"}, "data.root: digits has none"),
-        ({"data__source": "hf/x", "data__stream": True, "data__repeats": 3}, "data.repeats: hf/x has"),
+        (
+            {"data__source": "hf/x", "data__stream": True, "data__repeats": 3},
+            "data.repeats: hf/x has",
+        ),
         ({"data__source": "torchvision/nothing"}, "Unknown torchvision dataset"),
     ],
 )
