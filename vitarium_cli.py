@@ -274,7 +274,7 @@ def _export_hub_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _bench_arguments(parser: argparse.ArgumentParser) -> None:
     kinds = parser.add_subparsers(
-        dest="what", metavar="ops|models|compile|convert|startup|plot", required=True
+        dest="what", metavar="ops|models|compile|convert|digits|startup|plot", required=True
     )
 
     def kind(what: str, summary: str, rounds: int | None = None) -> argparse.ArgumentParser:
@@ -299,6 +299,9 @@ def _bench_arguments(parser: argparse.ArgumentParser) -> None:
     compiled = kind("compile", "what torch.compile makes of the models")
     compiled.add_argument("names", nargs="*", metavar="MODEL", help="(default: every *_atto)")
     kind("convert", "time and memory of converting a checkpoint of 200 M parameters", 5)
+    digits = kind("digits", "small models trained on the digits, side by side")
+    digits.add_argument("names", nargs="*", metavar="MODEL", help="(default: every *_atto)")
+    digits.add_argument("--plot", metavar="DIR", help="draw the results into DIR")
     kind("startup", "what the program and the package cost before they do anything", 5)
     plot = kind("plot", "pictures of results, of `bench models` and of timm's benchmark.py")
     plot.add_argument("files", nargs="+", metavar="FILE.csv", help="results, of one or more runs")
@@ -378,6 +381,13 @@ def _config_arguments(parser: argparse.ArgumentParser) -> None:
         default=[],
         metavar="SECTION.KEY=VALUE",
         help="instead of what CONFIG says; may be repeated",
+    )
+    parser.add_argument(
+        "--strict",
+        dest="set",
+        action="append_const",
+        const="data.strict=true",
+        help="stop at an image that cannot be read, instead of naming it and going on",
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), help="(default: cuda if there is one)")
 

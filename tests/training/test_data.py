@@ -154,9 +154,11 @@ def test_another_image_stands_in_and_the_bad_one_is_named():
     assert stream.failures == (("image 1", "broken"),)
 
 
-def test_strict_stops():
-    with pytest.raises(ValueError, match="image 2: cannot read this image: broken"):
-        [*islice(batches(Numbers(6, bad=(2,)), Layout(6), strict=True), 1)]
+@pytest.mark.parametrize("workers", [0, 1])
+def test_strict_stops(workers):
+    found = batches(Numbers(6, bad=(2,)), Layout(6), workers=workers, strict=True)
+    with pytest.raises(ValueError, match="^image 2: cannot read this image: broken$"):
+        next(found)
 
 
 def test_nothing_but_bad_images_stops():

@@ -160,14 +160,17 @@ def validation_batches(
         yield from _loader(_StreamedOnce(source, reader, layout), workers)
 
 
-def _loader(dataset: Dataset[Any], workers: int, keys: Any = None) -> DataLoader[Any]:
+def _loader(dataset: Dataset[Any], workers: int, keys: Any = None) -> Iterator[Any]:
     kwargs: dict[str, Any] = {"batch_size": None}
     if keys is not None:
         kwargs = {"batch_sampler": keys, "collate_fn": _batch}
     if workers:
         kwargs["prefetch_factor"] = _PREFETCH
     pinned = torch.cuda.is_available()
-    return DataLoader(dataset, num_workers=workers, pin_memory=pinned, **kwargs)
+    try:
+        yield from DataLoader(dataset, num_workers=workers, pin_memory=pinned, **kwargs)
+    except ValueError as error:  # a worker's comes with its traceback in the message
+        raise ValueError(str(error).strip().rpartition("ValueError: ")[2]) from error
 
 
 def _keys(
