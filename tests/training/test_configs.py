@@ -76,7 +76,7 @@ def test_headers_say_how_where_what_and_whence(recipe):
     text = (FOLDER / recipe.settings["task"] / f"{recipe.name}.toml").read_text(encoding="utf-8")
     header = text.partition("\ntask = ")[0]
     assert all(line.startswith("#") for line in header.splitlines())
-    for key in ("Hardware", "Expected", "Source", "Differs"):
+    for key in ("Hardware", "Expected result", "Source", "Differs"):
         assert header.count(f"\n# {key}: ") == 1
     assert "not run" in header
     assert re.search(r"[0-9a-f]{7}", header.partition("Source: ")[2])  # a commit
@@ -88,7 +88,7 @@ def test_headers_say_how_where_what_and_whence(recipe):
     assert images == config.train.batch_size * recipe.gpus
     several = int(re.search(r"--nproc_per_node (\d+)", header)[1])
     assert several * config.train.batch_size == images
-    override = re.search(r"1 GPU: .* --set (\S+)", header)[1]
+    override = re.search(r"Command, 1 GPU: .* --set (\S+)", header)[1]
     alone, _ = chosen(recipe.name, [override])
     assert alone.train.batch_size * alone.train.accumulation == images
 
