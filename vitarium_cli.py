@@ -143,6 +143,7 @@ def _parser() -> argparse.ArgumentParser:
     command("doctor", "versions, devices, and which implementation each op would run and why")
     _train_arguments(command("train", "train what a config describes"))
     _test_arguments(command("test", "validate what `vitarium train` trained"))
+    _data_arguments(command("data", "what of a data set is there, and what is missing; links it"))
     _convert_arguments(command("convert", "a checkpoint file in our layout, or in the authors'"))
     _export_hub_arguments(command("export-hub", "a folder for timm's local-dir: and for a hub"))
     _bench_arguments(command("bench", "time ops, models and start-up, beside their peers"))
@@ -407,6 +408,26 @@ def _test_arguments(parser: argparse.ArgumentParser) -> None:
     output = parser.add_mutually_exclusive_group()
     output.add_argument("--csv", metavar="FILE", help="write the results to FILE too")
     output.add_argument("--json", action="store_true", help="print JSON")
+
+
+def _data_arguments(parser: argparse.ArgumentParser) -> None:
+    actions = parser.add_subparsers(dest="action", metavar="check|layout", required=True)
+    for action, summary in (
+        ("check", "say what is there and what is missing"),
+        ("layout", "link what is unpacked elsewhere, sort and convert; then check"),
+    ):
+        added = actions.add_parser(action, help=summary, description=summary, allow_abbrev=False)
+        added.add_argument("name", choices=("imagenet", "ade20k", "cityscapes", "coco"))
+        added.add_argument("root", metavar="DIR", help="data.root of the configs")
+        if action == "layout":
+            added.add_argument(
+                "--from",
+                dest="source",
+                metavar="DIR",
+                help="where it is unpacked (default: DIR itself, inside of which files are sorted)",
+            )
+            text = "classes of imagenet's validation images, where these are in one folder"
+            added.add_argument("--labels", metavar="FILE", help=text)
 
 
 def _convert_arguments(parser: argparse.ArgumentParser) -> None:

@@ -101,14 +101,16 @@ def seeded_step(seed: int, micro_batch: int) -> Any:
     return seeded(seed, _STEP, micro_batch)
 
 
-def order(count: int, seed: int, first: int) -> Iterator[tuple[int, int]]:
+def order(count: int, seed: int, first: int, repeats: int = 1) -> Iterator[tuple[int, int]]:
     """Positions of a run from ``first`` on, and the index of the image at each.
 
-    The run is one permutation of all images after another; batches do not care where one ends.
+    The run is one permutation of all images after another; batches do not care where one ends. With
+    ``repeats`` each image stands so many times in a row, and a pass has the first ``count`` places.
     """
     epoch, offset = divmod(first, count)
     while True:
-        for place in np.random.default_rng([seed, epoch]).permutation(count)[offset:]:
+        places = np.random.default_rng([seed, epoch]).permutation(count).repeat(repeats)
+        for place in places[offset:count]:
             yield epoch * count + offset, int(place)
             offset += 1
         epoch, offset = epoch + 1, 0
@@ -123,6 +125,7 @@ def training_batches(
     update: int,
     workers: int,
     strict: bool,
+    repeats: int = 1,
 ) -> Iterator[Batch]:
     """One process' batches from step ``update`` on, without end.
 
@@ -134,10 +137,11 @@ def training_batches(
         update: steps that are done already; a stream reads their images again and drops them.
         workers: processes that read; a stream has work for one per shard.
         strict: whether an image that cannot be read raises a ValueError.
+        repeats: times that an image stands in a row, see `order`; streams have none.
     """
     reader = _Reader(transform, seed, strict)
     if isinstance(source, Source):
-        keys = _keys(len(source), seed, update, layout)
+        keys = _keys(len(source), seed, update, layout, repeats)
         yield from _loader(_Shuffled(source, reader), workers, keys)
     else:
         workers = min(workers, source.shards(layout.world))
@@ -178,9 +182,11 @@ def _loader(dataset: Dataset[Any], workers: int, keys: Any = None) -> Iterator[A
         raise ValueError(str(error).strip().rpartition("ValueError: ")[2]) from error
 
 
-def _keys(count: int, seed: int, update: int, layout: Layout) -> Iterator[list[tuple[int, int]]]:
+def _keys(
+    count: int, seed: int, update: int, layout: Layout, repeats: int
+) -> Iterator[list[tuple[int, int]]]:
     """Positions and indices of one process' batches."""
-    images = order(count, seed, update * layout.images)
+    images = order(count, seed, update * layout.images, repeats)
     first = layout.rank * layout.accumulation
     while True:
         for number in range(layout.world * layout.accumulation):
