@@ -96,6 +96,12 @@ def _positive(text: str) -> int:
     return int(text)
 
 
+def _count(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"expected 0 or a positive integer, got {text!r}")
+    return int(text)
+
+
 def _size(text: str) -> int | None:
     return None if text == "native" else _positive(text)
 
@@ -144,6 +150,7 @@ def _parser() -> argparse.ArgumentParser:
     _train_arguments(command("train", "train what a config describes"))
     _test_arguments(command("test", "validate what `vitarium train` trained"))
     _data_arguments(command("data", "what of a data set is there, and what is missing; links it"))
+    _embed_arguments(command("embed", "embeddings of any number of images, in shards"))
     _convert_arguments(command("convert", "a checkpoint file in our layout, or in the authors'"))
     _export_hub_arguments(command("export-hub", "a folder for timm's local-dir: and for a hub"))
     _bench_arguments(command("bench", "time ops, models and start-up, beside their peers"))
@@ -428,6 +435,65 @@ def _data_arguments(parser: argparse.ArgumentParser) -> None:
             )
             text = "classes of imagenet's validation images, where these are in one folder"
             added.add_argument("--labels", metavar="FILE", help=text)
+
+
+def _embed_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", required=True, metavar="NAME", help="a vitarium or timm model")
+    parser.add_argument(
+        "--checkpoint", metavar="FILE", help="weights to use instead of the pretrained ones"
+    )
+    parser.add_argument(
+        "--data",
+        required=True,
+        metavar="SOURCE",
+        help="a folder, with all below it; a pattern of tar files, e.g. 'shards/*.tar'; digits,"
+        " torchvision/NAME or hf/NAME, with --split and --root",
+    )
+    parser.add_argument("--root", metavar="DIR", help="folder of torchvision/NAME or hf/NAME")
+    parser.add_argument("--split", metavar="S", help="of digits, torchvision/NAME or hf/NAME")
+    parser.add_argument(
+        "--out", required=True, metavar="DIR", help="a new folder, or one to go on with"
+    )
+    parser.add_argument(
+        "--what",
+        choices=("pooled", "tokens"),
+        default="pooled",
+        help="the features before the classifier (default), or all patch tokens",
+    )
+    parser.add_argument("--format", choices=("safetensors", "parquet"), default="safetensors")
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        default="float32",
+        help="of computation and embeddings (default: float32)",
+    )
+    parser.add_argument(
+        "--shard-size",
+        type=_positive,
+        metavar="N",
+        help="images of a file (default: 4096, of tokens 256)",
+    )
+    parser.add_argument(
+        "--batch-size", type=_positive, default=64, metavar="N", help="(default: 64)"
+    )
+    parser.add_argument(
+        "--workers",
+        type=_count,
+        metavar="N",
+        help="processes that read, for each that computes (default: one for every other core)",
+    )
+    _device_argument(parser)
+    parser.add_argument(
+        "--strict", action="store_true", help="stop at an image that cannot be read"
+    )
+    parser.add_argument(
+        "--ray",
+        type=_positive,
+        nargs="?",
+        const=0,
+        metavar="N",
+        help="compute on Ray's cluster, with N models (default: one on each GPU, else what fits)",
+    )
 
 
 def _convert_arguments(parser: argparse.ArgumentParser) -> None:

@@ -118,6 +118,16 @@ def open_sources(
     return train, val
 
 
+def open_split(data: DataConfig, split: str) -> Source | Stream:
+    """One split for classification, in its own order and with its own classes.
+
+    Raises:
+        ValueError: as for `open_sources`.
+    """
+    kind, _, name = data.source.partition("/")
+    return _CLASSES[kind](data, name, split, None)
+
+
 def decode(content: str | Path | bytes | Image.Image, mode: str = "RGB") -> Image.Image:
     """An image as RGB, read as timm and torchvision do it, or a map of classes (``P``) as 8 bits.
 
@@ -334,20 +344,26 @@ class _DigitScenes(_Pairs):
         super().__init__(*folders, (".png", ".png"), ("background", *CLASSES))
 
 
-def _hugging_face(data: DataConfig, name: str, split: str, seed: int | None) -> Source | Stream:
-    """A data set of the hub's, a builder with ``root`` as its folder, or one saved in ``root``."""
+def open_table(data: DataConfig, name: str, split: str) -> Any:
+    """A data set of the hub's, a builder with ``root`` as its folder, or one saved in ``root``.
+
+    Raises:
+        ValueError: it cannot be opened, or datasets is not installed.
+    """
     datasets = _datasets()
     try:
         if name == "disk":
             found = datasets.load_from_disk(str(_root(data)))
             found = found[split] if isinstance(found, datasets.DatasetDict) else found
-            found = found.to_iterable_dataset(_SHARDS) if data.stream else found
-        else:
-            folder = {} if data.root is None else {"data_dir": str(_root(data))}
-            found = datasets.load_dataset(name, split=split, streaming=data.stream, **folder)
+            return found.to_iterable_dataset(_SHARDS) if data.stream else found
+        folder = {} if data.root is None else {"data_dir": str(_root(data))}
+        return datasets.load_dataset(name, split=split, streaming=data.stream, **folder)
     except Exception as error:  # of any of the libraries beneath
         raise ValueError(f"data.source: {data.source}: {_first_line(error)}") from error
-    table = _Table(found, data)
+
+
+def _hugging_face(data: DataConfig, name: str, split: str, seed: int | None) -> Source | Stream:
+    table = _Table(open_table(data, name, split), data)
     return (
         _TableStream(table, split, data, seed) if data.stream else _TableSource(table, split, data)
     )
