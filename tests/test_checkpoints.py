@@ -230,6 +230,7 @@ def test_unwrap_obeys_a_given_wrapper():
         ({0: torch.zeros(1)}, "at 0"),
         ({"a": torch.eye(2).to_sparse()}, "sparse"),
         ({"a": torch.nested.nested_tensor([torch.ones(2)])}, "nested"),
+        ({"a": torch.ones(1, dtype=torch.uint8).view(torch.bits8)}, r"got torch\.bits8 in a"),
         ({"a": torch.ones(1).expand(1 << 30, 1 << 30)}, "values of their own in a"),
         ({"a": torch.ones(9).as_strided((3, 3), (2, 1))}, "9 values of their own in a"),
     ],
