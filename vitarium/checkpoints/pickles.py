@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import mmap
 import pickle
 import threading
 from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 import torch
 from torch import UntypedStorage
@@ -22,7 +23,7 @@ _FIRST_SAFE_TORCH = "2.10"
 _lock = threading.Lock()
 
 
-def unpickle(path: Path, zipped: bool, mmap: bool) -> dict[str, Any]:
+def unpickle(path: Path, zipped: bool, mapped: bool) -> dict[str, Any]:
     """What `read` returns of a checkpoint that `check_structure` has let pass.
 
     Raises:
@@ -34,9 +35,9 @@ def unpickle(path: Path, zipped: bool, mmap: bool) -> dict[str, Any]:
         return storage
 
     # torch.load would take a name with this ending for the other format.
-    mmap = mmap and zipped and path.suffix != ".safetensors"
+    mapped = mapped and zipped and path.suffix != ".safetensors"
     _check(path, zipped)
-    return _load(path, map_location=keep, mmap=mmap)
+    return _load(path, map_location=keep, mmap=mapped)
 
 
 def unpickle_outline(path: Path, zipped: bool) -> dict[str, Any]:
@@ -60,9 +61,11 @@ def _check(path: Path, zipped: bool) -> None:
             held = sum(frame.tensors.values())
             whole = storages == frame.tensors
         else:  # torch's format before 1.6: five pickles, then the storages with their sizes
-            *_, main, keys = (scan(file) for _ in range(5))
+            # Read through a map, which gives no more than there is, whatever a string claims.
+            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as view:
+                *_, main, keys = (scan(cast(IO[bytes], view)) for _ in range(5))
+                held = view.size() - view.tell()
             storages = {key: 8 + size for key, size in main.storages.items()}
-            held = path.stat().st_size - file.tell()
             whole = keys.lists(storages)
     needed = sum(storages.values())
     if needed != held:
