@@ -17,8 +17,8 @@ wrong with a file. It knows, from the making of each one, which tensors may come
 Wrong is: any other tensors, a file accepted although its hash is known, an exception other than
 `CheckpointError`, a model that changed although its file was refused, `read` and `load` that
 disagree, code of the file that ran (it leaves a trace), a process that died, and one that took
-longer than 20 seconds or more than 2 GiB. The program prints a table by kind of mutation, names
-what went wrong, and ends with 1 if anything did.
+longer than 20 seconds or wanted more than 2 GiB, whatever it said then. The program prints a table
+by kind of mutation, names what went wrong, and ends with 1 if anything did.
 """
 
 from __future__ import annotations
@@ -463,6 +463,9 @@ def archive_edit(rng: random.Random, base: Base) -> Mutation:
         "longer": lambda: records(lambda n, x: [(n, x + x * (n == a))]),
         "shorter": lambda: records(lambda n, x: [(n, x[: len(x) - 4 * (n == a)])]),
         "TorchScript": lambda: records(lambda n, x: [(n, x), ("archive/constants.pkl", b"")]),
+        "bytes moved": lambda: records(lambda n, x: [(n, {a: x + x[:1], b: x[:-1]}.get(n, x))]),
+        "alignment": lambda: records(lambda n, x: [(n, b"0" if n.endswith("_alignment") else x)]),
+        "byte order": lambda: records(lambda n, x: [(n, b"big" if n.endswith("order") else x)]),
         "comment": lambda: data[:-2] + struct.pack("<H", 5) + b"PK\5\6x",
         "offsets exchanged": lambda: two_fields_exchanged(42),
         "sizes exchanged": lambda: two_fields_exchanged(24),
@@ -482,7 +485,17 @@ def archive_edit(rng: random.Random, base: Base) -> Mutation:
         ),
     }
     strict = {"packed", "twice", "twice in front", "other case", "NUL", "no record", "one more"}
-    strict |= {"other folder", "two folders", "longer", "shorter", "TorchScript", "comment"}
+    strict |= {
+        "bytes moved",
+        "alignment",
+        "byte order",
+        "other folder",
+        "two folders",
+        "longer",
+        "shorter",
+        "TorchScript",
+        "comment",
+    }
     how = rng.choice(list(edits))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -557,10 +570,25 @@ def calls() -> Iterator[bytes]:
     yield shell + b"Q"
     yield b"K\x01Q"
     # No code, but meant to exhaust or to crash: deep, huge, or out of bounds
-    yield b")" + b"\x85" * 10**6
+    yield b")" + b"\x85" * (2 * 10**5)
     yield b"]" + b"](" * 10**5 + b"e" * 10**5
     yield function("builtins.bytearray") + b"\x8a\x06" + (1 << 45).to_bytes(6, "little") + b"\x85R"
     yield function("torch.Tensor") + b"\x8a\x06" + (1 << 45).to_bytes(6, "little") + b"\x85R"
+    yield function("builtins.bytearray") + b"J\xff\xff\xff\x7f\x85R"
+    doubled = b"K\0" + b"".join(b"q%ch%c\x86" % (i, i) for i in range(60))
+    yield b"}" + doubled + b"K\1s"
+    yield doubled + b")R"
+    longer = function("_codecs.encode") + text("a" * 1000) + text("latin1") + b"\x86R"
+    for _ in range(30):
+        longer = function("_codecs.encode") + longer + text("hex") + b"\x86R"
+    yield longer
+    storage = b"(" + text("storage") + function("torch.FloatStorage") + text("0") + text("cpu")
+    expanded = storage + b"K\x01tQK\0J\xff\xff\xff\x7f\x85K\0\x85t"
+    expanded = function("torch._utils._rebuild_tensor") + b"(" + expanded + b"R"
+    yield function("builtins.set") + expanded + b"\x85R"
+    for method in ("get", "items", "keys", "values"):
+        hidden = b"}" + text(method) + function("collections.Counter") + b"sb"
+        yield function("collections.OrderedDict") + b")R" + hidden
     yield b"X\xff\xff\xff\xff"
     yield b"\x8e" + b"\xff" * 7 + b"\x7f"
     yield function("torch.Tensor") + b"K\x04K\x06\x86R"  # memory that nobody filled
@@ -693,14 +721,25 @@ Loader = Callable[[nn.Module, object], object]
 Fetcher = Callable[[Weight, str], object]
 
 
+def out_of_memory(error: BaseException | None) -> bool:
+    """Whether only the limit stopped a reader that then called the file damaged."""
+    while error is not None:
+        if isinstance(error, MemoryError) or "allocate memory" in str(error):
+            return True
+        error = error.__cause__
+    return False
+
+
 def loaded(how: Callable[[nn.Module], object]) -> Answer:
     model = Net()
     before = {name: raw(tensor) for name, tensor in model.state_dict().items()}
     accepted, wrong = True, []
     try:
         how(model)
-    except CheckpointError:
+    except CheckpointError as error:
         accepted = False
+        if out_of_memory(error):
+            wrong.append(f"more than {BYTES >> 30} GiB were asked for")
     except Exception as error:
         accepted = False
         wrong.append(f"{type(error).__name__}: {str(error)[:200]}")

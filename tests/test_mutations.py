@@ -61,6 +61,18 @@ def test_the_judge_finds_readers_that_die():
     assert sum(row["wrong"] for row in table.values()) == 3
 
 
+def test_the_judge_finds_readers_that_take_all_memory():
+    def greedy(model, source):
+        try:
+            bytearray(2 * mutations.BYTES)
+        except MemoryError as error:
+            raise CheckpointError("damaged") from error
+
+    _, failures = mutations.run(3, seed=0, loader=greedy)
+    assert len(failures) == 3
+    assert all("more than 2 GiB were asked for" in line for line in failures)
+
+
 @pytest.mark.parametrize("base", mutations.BASES, ids=lambda base: f"{base.kind}-{base.wrapped}")
 def test_undamaged_files_are_loaded(base, tmp_path):
     model = mutations.Net()

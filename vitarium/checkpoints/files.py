@@ -20,7 +20,7 @@ from vitarium.checkpoints.pickles import unpickle, unpickle_outline
 from vitarium.checkpoints.zips import check_zip
 
 _MAX_HEADER = 100_000_000  # bytes; the format's own limit
-_DTYPES = {
+DTYPES = {
     "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8,
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
     "U16": torch.uint16, "I16": torch.int16, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -204,13 +204,13 @@ def _entry(name: str, entry: Any) -> tuple[torch.dtype, list[int], list[int]]:
         dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
         if (
             isinstance(dtype, str)
-            and dtype in _DTYPES
+            and dtype in DTYPES
             and _sizes(shape)
             and _sizes(offsets)
             and len(offsets) == 2
             and math.prod(size or 1 for size in shape) < 2**63  # what torch can multiply
         ):
-            return _DTYPES[dtype], shape, offsets
+            return DTYPES[dtype], shape, offsets
     raise CheckpointError(f"damaged: its header describes {name} as {str(entry)[:100]}")
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from vitarium.checkpoints.errors import CheckpointError
+from vitarium.checkpoints.files import DTYPES
 
 # Averaged weights first: where a file holds them, the published accuracy is theirs.
 WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model")
@@ -97,12 +98,16 @@ def _tensors(obj: Any) -> dict[str, Tensor]:
     for name, value in obj.items():
         if not isinstance(name, str) or not isinstance(value, Tensor):
             raise CheckpointError(
-                f"expected tensors by name, got {type(value).__name__} at {name!r} among "
+                f"expected tensors by name, got {type(value).__name__} at {name!r:.200} among "
                 f"{len(obj)} entries"
             )
         if value.layout is not torch.strided or value.is_quantized or value.is_nested:
             raise CheckpointError(
                 f"expected dense tensors, got a sparse, quantized or nested {name}"
+            )
+        if value.dtype not in DTYPES.values():  # torch could not copy it into a model
+            raise CheckpointError(
+                f"expected numbers of a kind that safetensors has, got {value.dtype} in {name}"
             )
         if _overlaps(value):
             raise CheckpointError(f"expected {value.numel()} values of their own in {name}")

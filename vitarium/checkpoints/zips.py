@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import struct
+import sys
 import zipfile
 import zlib
 from pathlib import Path
@@ -20,14 +22,16 @@ _FLAGS = _BEHIND | 0x800  # and names in UTF-8
 _FOLDER = 0x10  # DOS attribute
 _MAX16, _MAX32 = 2**16 - 1, 2**32 - 1
 _CHUNK = 1 << 20
+# Others make torch end the process: of its own files, all have these.
+_SETTINGS = {"byteorder": sys.byteorder.encode(), ".storage_alignment": b"[1-9][0-9]{0,8}"}
 
 
 class Frame(NamedTuple):
-    """Where the pickle is in a zip checkpoint, and how much there is of tensors, in bytes."""
+    """Where the pickle is in a zip checkpoint, and how many bytes each of its storages has."""
 
     pickle_offset: int
     pickle_size: int
-    payload_size: int
+    tensors: dict[str, int]
 
 
 def check_zip(path: Path, payload: bool = True) -> Frame:
@@ -62,9 +66,10 @@ def check_zip(path: Path, payload: bool = True) -> Frame:
     members = {record.filename for record in records}
     if root + "data.pkl" not in members or not all(name.startswith(root) for name in members):
         raise CheckpointError("damaged: its records stand in several folders")
-    if len(names) != len(records) or any("\0" in name for name in names):
+    if len(names) != len(records) or any(x.filename != x.orig_filename for x in records):
         raise CheckpointError("damaged: two of its records have one name")
-    pickle_offset = pickle_size = payload_size = 0
+    pickle_offset = pickle_size = 0
+    tensors: dict[str, int] = {}
     with path.open("rb") as file:
         position, end = 0, _directory(file, path.stat().st_size, len(records))
         for record in records:
@@ -80,14 +85,23 @@ def check_zip(path: Path, payload: bool = True) -> Frame:
             if not _sizes_agree(file, record, start):
                 raise CheckpointError(f"damaged: its record {record.filename} has two sizes")
             position = start + record.file_size
-            tensor = record.filename.startswith(root + "data/")
+            name = record.filename.removeprefix(root)
+            tensor = name.startswith("data/")
             if tensor:
-                payload_size += record.file_size
-            elif record.filename == root + "data.pkl":
+                tensors[name.removeprefix("data/")] = record.file_size
+            elif name == "data.pkl":
                 pickle_offset, pickle_size = start, record.file_size
+            elif name.lower() in _SETTINGS:  # torch does not tell cases apart
+                file.seek(start)
+                expected, value = _SETTINGS[name.lower()], file.read(min(record.file_size, 99))
+                if re.fullmatch(expected, value) is None:
+                    raise CheckpointError(
+                        f"refused: its record {record.filename} is {value!r}, for which torch "
+                        f"cannot outline it: expected {expected.decode()}"
+                    )
             if record.CRC != 0 and (payload or not tensor):
                 _check_crc(file, record, start)
-    return Frame(pickle_offset, pickle_size, payload_size)
+    return Frame(pickle_offset, pickle_size, tensors)
 
 
 def _directory(file: BinaryIO, size: int, count: int) -> int:

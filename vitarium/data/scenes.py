@@ -22,8 +22,8 @@ from vitarium.data.digits import SPLITS, digits_of
 from vitarium.data.textures import Size, background, colour, luma, paint
 
 SMALLEST = 32  # side of an image, in pixels
-_MOST = 5  # digits of a scene
-_SIDES = (24.0, 64.0)  # of a digit's grid, in pixels
+_LEAST, _MOST = 3, 8  # digits of a scene, where they find room
+_SIDES = (24, 56)  # pixels of a digit's grid
 _GRID = 8
 _MARGIN = 2  # black pixels around the grid
 _STROKE = 0.42  # from this shade on, of 0 ... 1, a pixel belongs to the digit
@@ -107,7 +107,7 @@ class Scenes(Dataset[Scene]):
         owners = np.zeros(self.size, np.uint8)
         areas: list[int] = []
         chosen: list[int] = []
-        for _ in range(rng.integers(1, _MOST + 1)):
+        for _ in range(rng.integers(_LEAST, _MOST + 1)):
             sample = int(rng.integers(len(self._labels)))
             opacity = _strokes(rng, self._shades[sample], self.size)
             mask = opacity >= 0.5

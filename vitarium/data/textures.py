@@ -21,7 +21,7 @@ _FINER = 3  # lines are drawn so many times larger each way, which smooths their
 def background(rng: np.random.Generator, size: Size) -> np.ndarray:
     """A textured image with thin curves on it.
 
-    The pattern's luma spans at most 0.4 and is below 0.65, so that something can be lighter than
+    The pattern's luma spans at most 0.24 and is below 0.55, so that something can be lighter than
     all of it.
 
     Args:
@@ -36,14 +36,14 @@ def background(rng: np.random.Generator, size: Size) -> np.ndarray:
     if rng.random() < 0.6:
         share = rng.uniform(0.2, 0.5)
         pattern = _stretched((1 - share) * pattern + share * _PATTERNS[second](rng, size))
-    half = rng.uniform(0.06, 0.2)
-    middle = rng.uniform(0.05 + half, 0.65 - half)
+    half = rng.uniform(0.03, 0.12)
+    middle = rng.uniform(0.05 + half, 0.55 - half)
     shades = middle + half * np.array([-1, rng.uniform(-0.5, 0.5), 1])
     palette = np.stack([colour(rng, shade) for shade in rng.permutation(shades)])
     knots = [0, rng.uniform(0.3, 0.7), 1]
     channels = [np.interp(pattern, knots, channel) for channel in palette.T]
     image = np.stack(channels, -1).astype(np.float32)
-    for _ in range(rng.integers(0, 6)):
+    for _ in range(rng.integers(0, 4)):
         paint(image, colour(rng, middle + half * rng.uniform(-1.3, 1.3)), _curve(rng, size))
     return image
 
@@ -54,7 +54,7 @@ def colour(rng: np.random.Generator, shade: float) -> np.ndarray:
     chroma = rng.random(3, np.float32) - 0.5
     chroma -= luma(chroma)  # what is left has none
     room = np.where(chroma > 0, 1 - shade, shade) / np.maximum(np.abs(chroma), 1e-6)
-    saturated: np.ndarray = shade + min(1.5 * rng.random(), float(room.min())) * chroma
+    saturated: np.ndarray = shade + min(0.8 * rng.random(), float(room.min())) * chroma
     return saturated.astype(np.float32)
 
 
