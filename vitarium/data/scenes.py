@@ -22,8 +22,8 @@ from vitarium.data.digits import SPLITS, digits_of
 from vitarium.data.textures import Size, background, colour, luma, paint
 
 SMALLEST = 32  # side of an image, in pixels
-_LEAST, _MOST = 3, 8  # digits of a scene, where they find room
-_SIDES = (24, 56)  # pixels of a digit's grid
+_LEAST, _MOST = 3, 6  # digits of a scene, where they find room
+_SIDES = (32.0, 64.0)  # of a digit's grid, in pixels
 _GRID = 8
 _MARGIN = 2  # black pixels around the grid
 _STROKE = 0.42  # from this shade on, of 0 ... 1, a pixel belongs to the digit
