@@ -149,6 +149,7 @@ def _parser() -> argparse.ArgumentParser:
     command("doctor", "versions, devices, and which implementation each op would run and why")
     _train_arguments(command("train", "train what a config describes"))
     _test_arguments(command("test", "validate what `vitarium train` trained"))
+    _data_arguments(command("data", "what of a data set is there, and what is missing; links it"))
     _embed_arguments(command("embed", "embeddings of any number of images, in shards"))
     _convert_arguments(command("convert", "a checkpoint file in our layout, or in the authors'"))
     _export_hub_arguments(command("export-hub", "a folder for timm's local-dir: and for a hub"))
@@ -281,7 +282,7 @@ def _export_hub_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _bench_arguments(parser: argparse.ArgumentParser) -> None:
     kinds = parser.add_subparsers(
-        dest="what", metavar="ops|models|compile|convert|startup|plot", required=True
+        dest="what", metavar="ops|models|compile|convert|digits|startup|plot", required=True
     )
 
     def kind(what: str, summary: str, rounds: int | None = None) -> argparse.ArgumentParser:
@@ -306,6 +307,9 @@ def _bench_arguments(parser: argparse.ArgumentParser) -> None:
     compiled = kind("compile", "what torch.compile makes of the models")
     compiled.add_argument("names", nargs="*", metavar="MODEL", help="(default: every *_atto)")
     kind("convert", "time and memory of converting a checkpoint of 200 M parameters", 5)
+    digits = kind("digits", "small models trained on the digits, side by side")
+    digits.add_argument("names", nargs="*", metavar="MODEL", help="(default: every *_atto)")
+    digits.add_argument("--plot", metavar="DIR", help="draw the results into DIR")
     kind("startup", "what the program and the package cost before they do anything", 5)
     plot = kind("plot", "pictures of results, of `bench models` and of timm's benchmark.py")
     plot.add_argument("files", nargs="+", metavar="FILE.csv", help="results, of one or more runs")
@@ -386,6 +390,13 @@ def _config_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="SECTION.KEY=VALUE",
         help="instead of what CONFIG says; may be repeated",
     )
+    parser.add_argument(
+        "--strict",
+        dest="set",
+        action="append_const",
+        const="data.strict=true",
+        help="stop at an image that cannot be read, instead of naming it and going on",
+    )
     parser.add_argument("--device", choices=("cpu", "cuda"), help="(default: cuda if there is one)")
 
 
@@ -404,6 +415,26 @@ def _test_arguments(parser: argparse.ArgumentParser) -> None:
     output = parser.add_mutually_exclusive_group()
     output.add_argument("--csv", metavar="FILE", help="write the results to FILE too")
     output.add_argument("--json", action="store_true", help="print JSON")
+
+
+def _data_arguments(parser: argparse.ArgumentParser) -> None:
+    actions = parser.add_subparsers(dest="action", metavar="check|layout", required=True)
+    for action, summary in (
+        ("check", "say what is there and what is missing"),
+        ("layout", "link what is unpacked elsewhere, sort and convert; then check"),
+    ):
+        added = actions.add_parser(action, help=summary, description=summary, allow_abbrev=False)
+        added.add_argument("name", choices=("imagenet", "ade20k", "cityscapes", "coco"))
+        added.add_argument("root", metavar="DIR", help="data.root of the configs")
+        if action == "layout":
+            added.add_argument(
+                "--from",
+                dest="source",
+                metavar="DIR",
+                help="where it is unpacked (default: DIR itself, inside of which files are sorted)",
+            )
+            text = "classes of imagenet's validation images, where these are in one folder"
+            added.add_argument("--labels", metavar="FILE", help=text)
 
 
 def _embed_arguments(parser: argparse.ArgumentParser) -> None:

@@ -82,6 +82,8 @@ def test_overrides(tmp_path, override, path, value):
         ("data", "image_size", [1, 2, 3], "expected 2 of a whole number"),
         ("schedule", "updates", 5, "expected epochs or updates"),
         ("schedule", "warmup_epochs", -1, "warm-up of 0 or more"),
+        ("schedule", "cooldown_epochs", -1, "cooldown_epochs: expected 0 or more with cosine"),
+        ("data", "repeats", 0, "data.repeats: expected 1 or more, got 0"),
         ("schedule", "power", 0.9, "expected a value with poly, else none"),
         ("optimizer", "lr", float("nan"), "expected a number"),
         ("augment", "scale", [0.1], "expected 2 of a number"),
@@ -110,6 +112,14 @@ def test_what_would_be_ignored_is_refused(augment, loss, message):
     wrong = content() | {"augment": augment, "loss": loss}
     wrong["train"]["batch_size"] = 7
     with pytest.raises(ValueError, match=message):
+        parse_config(wrong, "here")
+
+
+@pytest.mark.parametrize(("key", "value"), [("cooldown_epochs", 5), ("warmup_prefix", True)])
+def test_what_belongs_to_falling_rates_is_refused_without(key, value):
+    wrong = content()
+    wrong["schedule"] |= {"name": "constant", key: value}
+    with pytest.raises(ValueError, match=f"schedule.{key}: expected .* cosine or poly"):
         parse_config(wrong, "here")
 
 

@@ -82,6 +82,15 @@ def test_a_run_is_one_permutation_after_another():
     assert [*islice(order(5, 3, 7), 8)] == places[7:]
 
 
+def test_an_image_stands_several_times_in_a_row():
+    places = [*islice(order(5, 3, 0, repeats=3), 10)]
+    assert [position for position, _ in places] == [*range(10)]
+    once = [place for _, place in islice(order(5, 3, 0), 10)]
+    shown = [place for _, place in places]
+    assert shown == [once[i] for i in (0, 0, 0, 1, 1, 5, 5, 5, 6, 6)]
+    assert [*islice(order(5, 3, 4, repeats=3), 6)] == places[4:]
+
+
 def test_seeds_do_not_leak():
     torch.manual_seed(1)
     expected = torch.rand(3)
@@ -145,9 +154,11 @@ def test_another_image_stands_in_and_the_bad_one_is_named():
     assert stream.failures == (("image 1", "broken"),)
 
 
-def test_strict_stops():
-    with pytest.raises(ValueError, match="image 2: cannot read this image: broken"):
-        [*islice(batches(Numbers(6, bad=(2,)), Layout(6), strict=True), 1)]
+@pytest.mark.parametrize("workers", [0, 1])
+def test_strict_stops(workers):
+    found = batches(Numbers(6, bad=(2,)), Layout(6), workers=workers, strict=True)
+    with pytest.raises(ValueError, match="^image 2: cannot read this image: broken$"):
+        next(found)
 
 
 def test_nothing_but_bad_images_stops():
@@ -202,6 +213,10 @@ def test_folders(make_config, colours, tmp_path):
         ({"data__source": "cifar"}, "data.source: expected one of folder, "),
         ({"data__image_key": "x"}, "data.image_key: folder has none"),
         ({"data__source": "digits"}, "data.root: digits has none"),
+        (
+            {"data__source": "hf/x", "data__stream": True, "data__repeats": 3},
+            "data.repeats: hf/x has",
+        ),
         ({"data__source": "torchvision/nothing"}, "Unknown torchvision dataset"),
     ],
 )

@@ -13,7 +13,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from vitarium.training.engine import Engine, create_optimizer, create_scheduler
+from vitarium.training.data import Layout
+from vitarium.training.engine import Engine, create_optimizer, create_scheduler, run_length
 from vitarium.training.snapshots import Snapshots
 from vitarium.training.toml import dump_config
 
@@ -216,6 +217,29 @@ def test_rates_follow_the_batch_and_the_schedule(make_config):
     assert rates[1] == pytest.approx(1.1e-3)
     assert max(rates) == rates[2] <= 2e-3
     assert rates[10] == pytest.approx(4e-4)
+
+
+@pytest.mark.parametrize("prefix", [False, True])
+def test_the_rate_stays_low_after_the_end(make_config, prefix):
+    config = make_config(
+        data__samples=12,
+        optimizer__lr=1.0,
+        schedule__warmup_updates=4,
+        schedule__warmup_prefix=prefix,
+        schedule__min_lr=0.125,
+        schedule__cooldown_epochs=2,
+    )
+    updates, epoch = run_length(config, None, Layout(4))
+    assert (updates, epoch) == (9 + 2 * 3, 3.0)
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    scheduler = create_scheduler(config, optimizer, 4, updates, epoch)
+    rates = []
+    for update in range(updates):
+        scheduler.step_update(update)
+        rates.append(optimizer.param_groups[0]["lr"])
+    assert rates[9:] == [0.125] * 6
+    assert rates[8] > 0.125
+    assert (rates[4] == 1.0) == prefix  # without it, four of nine updates are over
 
 
 @pytest.mark.parametrize(

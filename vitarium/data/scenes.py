@@ -187,13 +187,9 @@ def _place(
 
 
 def _ink(rng: np.random.Generator, ground: np.ndarray) -> np.ndarray:
-    """A colour that is lighter or darker than the part of the image below, [h, w, 3]."""
-    low, high = np.quantile(luma(ground), (0.05, 0.95))
-    dark = low > 1 - high
-    if min(low, 1 - high) >= _CONTRAST:  # both will do
-        dark = rng.random() < 0.5
-    limits = (0.0, max(low - _CONTRAST, 0.0)) if dark else (min(high + _CONTRAST, 1.0), 1.0)
-    return colour(rng, rng.uniform(*limits))
+    """A colour that is lighter than the part of the image below, [h, w, 3]."""
+    high = np.quantile(luma(ground), 0.95)
+    return colour(rng, rng.uniform(min(high + _CONTRAST, 1.0), 1.0))
 
 
 def _box(mask: np.ndarray) -> tuple[int, int, int, int]:

@@ -21,7 +21,8 @@ _FINER = 3  # lines are drawn so many times larger each way, which smooths their
 def background(rng: np.random.Generator, size: Size) -> np.ndarray:
     """A textured image with thin curves on it.
 
-    The pattern's luma spans at most 0.4, so that something can be lighter or darker than all of it.
+    The pattern's luma spans at most 0.4 and is below 0.65, so that something can be lighter than
+    all of it.
 
     Args:
         rng: what everything is drawn from.
@@ -36,7 +37,7 @@ def background(rng: np.random.Generator, size: Size) -> np.ndarray:
         share = rng.uniform(0.2, 0.5)
         pattern = _stretched((1 - share) * pattern + share * _PATTERNS[second](rng, size))
     half = rng.uniform(0.06, 0.2)
-    middle = rng.uniform(0.1 + half, 0.9 - half)
+    middle = rng.uniform(0.05 + half, 0.65 - half)
     shades = middle + half * np.array([-1, rng.uniform(-0.5, 0.5), 1])
     palette = np.stack([colour(rng, shade) for shade in rng.permutation(shades)])
     knots = [0, rng.uniform(0.3, 0.7), 1]

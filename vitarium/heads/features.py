@@ -133,6 +133,12 @@ class FeatureBackbone(nn.Module):
         """Names of tensors that a classifier's checkpoint has and this module needs not: why."""
         return self._ignored
 
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute blocks in the backward pass instead of storing their intermediate values."""
+        method = "set_grad_checkpointing"
+        owner: Any = next(m for m in self.model.modules() if hasattr(m, method))
+        owner.set_grad_checkpointing(enable)
+
     def freeze(self, stages: int | bool) -> None:
         """Let the first stages keep their parameters and statistics, in training too.
 

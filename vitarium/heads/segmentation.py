@@ -350,7 +350,7 @@ class Segmenter(nn.Module):
             expected = f"None or {theirs!r} of {name}" if theirs else f"None or one of {(*HEADS,)}"
             raise ValueError(f"head: expected {expected}, got {head!r}")
         head = head or theirs or "upernet"
-        known = None if theirs is None else _CLASSES[name.rpartition("_")[2]]
+        known = None if theirs is None else _CLASSES.get(name.rpartition("_")[2])
         num_classes = known if num_classes is None else num_classes
         if num_classes is None or num_classes < 1:
             raise ValueError(f"num_classes: expected at least 1, got {num_classes}")
@@ -431,7 +431,7 @@ class Segmenter(nn.Module):
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute the backbone's blocks in the backward pass instead of storing their values."""
-        self.backbone.model.set_grad_checkpointing(enable)
+        self.backbone.set_grad_checkpointing(enable)
 
     def checkpoint_ignore(self) -> dict[str, str]:
         """Names of tensors that a whole segmenter's checkpoint may have beside: why."""

@@ -89,6 +89,10 @@ def run(args: Namespace) -> int:
             from vitarium.tools import bench_convert
 
             rows = bench_convert.measure(console, args.rounds)
+        elif args.what == "digits":
+            from vitarium.tools import bench_digits
+
+            rows = bench_digits.measure(console, args.names)
         else:
             from vitarium.tools import bench_startup
 
@@ -97,9 +101,11 @@ def run(args: Namespace) -> int:
     if args.csv is not None and rows:
         console.print(f"wrote {args.csv}")
     if args.plot is not None:
-        from vitarium.tools import bench_op_plots, bench_plots
+        from vitarium.tools import bench_digits, bench_op_plots, bench_plots
 
-        draw = bench_op_plots.draw if args.what == "ops" else bench_plots.draw
+        draw = {"ops": bench_op_plots.draw, "digits": bench_digits.draw}.get(
+            args.what, bench_plots.draw
+        )
         for file in draw(rows, Path(args.plot)):
             console.print(f"wrote {file}")
     return 0

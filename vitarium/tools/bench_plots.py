@@ -193,7 +193,7 @@ def _over_gflops(points: Sequence[Point], title: str, terms: str) -> Figure:
     sizes = {point.size_name for point in points}
     one_size = next(iter(sizes)) + " pixels" if len(sizes) == 1 else ""
     explained = "lines: Pareto fronts"
-    figure, axes = _canvas(title, ", ".join(filter(None, (terms, one_size, explained))))
+    figure, axes = canvas(title, ", ".join(filter(None, (terms, one_size, explained))))
     axes.set_xlabel("GFLOPs of one image's forward pass (multiply-adds)")
     few_sizes = len(sizes) <= _FEW_SIZES
     few_points = len(points) <= _MOST_NAMES
@@ -233,7 +233,7 @@ def _over_size(points: Sequence[Point], title: str, terms: str) -> Figure:
         some = f"the fastest {_MOST_LINES} of {len(lines)}"
         terms = ", ".join(filter(None, (terms, some)))
         del lines[_MOST_LINES:]
-    figure, axes = _canvas(title, terms, right=0.7)
+    figure, axes = canvas(title, terms, right=0.7)
     axes.set_xlabel("image, height x width in pixels (equal steps: equal factors of pixels)")
     for index, line in enumerate(lines):
         face = f"C{index % 10}" if line[0].ours else "w"
@@ -247,7 +247,7 @@ def _over_size(points: Sequence[Point], title: str, terms: str) -> Figure:
     return figure
 
 
-def _canvas(title: str, terms: str, right: float = 0.97) -> tuple[Figure, Axes]:
+def canvas(title: str, terms: str, right: float = 0.97) -> tuple[Figure, Axes]:
     """A figure with titles and logarithmic axes."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

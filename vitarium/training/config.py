@@ -41,6 +41,8 @@ class DataConfig:
         classes: names, in the order of their numbers; absent: as the data states them.
         samples: how many a pass has, which streams do not say.
         shuffle_buffer: samples among which a stream is shuffled.
+        repeats: times that a pass takes an image in a row, varied anew each time; it takes so
+            many fewer images (repeated augmentation, Hoffer et al., arXiv 1901.09335).
         image_size: (height, width) of the model's input in pixels; one number for both.
         workers: processes that read, for each process that trains.
         strict: whether an image that cannot be read stops the run; else it is reported by name
@@ -57,6 +59,7 @@ class DataConfig:
     classes: tuple[str, ...] | None = None
     samples: int | None = None
     shuffle_buffer: int | None = None
+    repeats: int = 1
     image_size: tuple[int, int]
     workers: int = 4
     strict: bool = False
@@ -165,7 +168,10 @@ class ScheduleConfig:
             ``warmup_updates``.
         warmup_updates: the same, counted in steps.
         warmup_lr: where it starts.
+        warmup_prefix: whether the schedule begins where the warm-up ends; else it is as far by
+            then as without a warm-up. Neither changes when it ends.
         min_lr: where it ends.
+        cooldown_epochs: that come after the end of ``cosine`` or ``poly``, at ``min_lr``.
         power: of ``poly``.
         milestones: epochs after which ``step`` multiplies the rate by ``decay_rate``.
         decay_rate: of ``step``.
@@ -177,7 +183,9 @@ class ScheduleConfig:
     warmup_epochs: float | None = None
     warmup_updates: int | None = None
     warmup_lr: float = 1e-6
+    warmup_prefix: bool = False
     min_lr: float = 0.0
+    cooldown_epochs: float = 0.0
     power: float | None = None
     milestones: tuple[float, ...] | None = None
     decay_rate: float | None = None

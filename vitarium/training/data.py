@@ -73,18 +73,27 @@ def seeded(*key: int) -> Iterator[None]:
     So what is drawn inside does not depend on what was drawn before: not on an interruption, nor
     on which process reads an image.
     """
-    words = np.random.SeedSequence(key).generate_state(4)
-    before = random.getstate(), np.random.get_state()
-    cuda = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
-    with torch.random.fork_rng(devices=cuda):
-        random.seed(int(words[0]))
-        np.random.seed(words[1])
-        torch.manual_seed(int(words[2]) << 32 | int(words[3]))
-        try:
-            yield
-        finally:
-            random.setstate(before[0])
-            np.random.set_state(before[1])
+    sequence = np.random.SeedSequence(key)
+    words = sequence.generate_state(4)
+    seed = int(words[2]) << 32 | int(words[3])
+    # torch.manual_seed walks through every kind of device, and costs more than to read an image;
+    # NumPy's state is large, so its generator is changed for another one.
+    cpu, cuda = torch.default_generator, torch.cuda.is_initialized()
+    before = random.getstate(), np.random.get_bit_generator(), cpu.get_state()
+    device = torch.cuda.get_rng_state() if cuda else None
+    random.seed(int(words[0]))
+    np.random.set_bit_generator(np.random.PCG64(sequence))
+    cpu.manual_seed(seed)
+    if cuda:
+        torch.cuda.manual_seed(seed)
+    try:
+        yield
+    finally:
+        random.setstate(before[0])
+        np.random.set_bit_generator(before[1])
+        cpu.set_state(before[2])
+        if device is not None:
+            torch.cuda.set_rng_state(device)
 
 
 def seeded_step(seed: int, micro_batch: int) -> Any:
@@ -92,14 +101,16 @@ def seeded_step(seed: int, micro_batch: int) -> Any:
     return seeded(seed, _STEP, micro_batch)
 
 
-def order(count: int, seed: int, first: int) -> Iterator[tuple[int, int]]:
+def order(count: int, seed: int, first: int, repeats: int = 1) -> Iterator[tuple[int, int]]:
     """Positions of a run from ``first`` on, and the index of the image at each.
 
-    The run is one permutation of all images after another; batches do not care where one ends.
+    The run is one permutation of all images after another; batches do not care where one ends. With
+    ``repeats`` each image stands so many times in a row, and a pass has the first ``count`` places.
     """
     epoch, offset = divmod(first, count)
     while True:
-        for place in np.random.default_rng([seed, epoch]).permutation(count)[offset:]:
+        places = np.random.default_rng([seed, epoch]).permutation(count).repeat(repeats)
+        for place in places[offset:count]:
             yield epoch * count + offset, int(place)
             offset += 1
         epoch, offset = epoch + 1, 0
@@ -114,6 +125,7 @@ def training_batches(
     update: int,
     workers: int,
     strict: bool,
+    repeats: int = 1,
 ) -> Iterator[Batch]:
     """One process' batches from step ``update`` on, without end.
 
@@ -125,10 +137,11 @@ def training_batches(
         update: steps that are done already; a stream reads their images again and drops them.
         workers: processes that read; a stream has work for one per shard.
         strict: whether an image that cannot be read raises a ValueError.
+        repeats: times that an image stands in a row, see `order`; streams have none.
     """
     reader = _Reader(transform, seed, strict)
     if isinstance(source, Source):
-        keys = _keys(len(source), seed, update, layout)
+        keys = _keys(len(source), seed, update, layout, repeats)
         yield from _loader(_Shuffled(source, reader), workers, keys)
     else:
         workers = min(workers, source.shards(layout.world))
@@ -156,19 +169,24 @@ def validation_batches(
         yield from _loader(_StreamedOnce(source, reader, layout), workers)
 
 
-def _loader(dataset: Dataset[Any], workers: int, keys: Any = None) -> DataLoader[Any]:
+def _loader(dataset: Dataset[Any], workers: int, keys: Any = None) -> Iterator[Any]:
     kwargs: dict[str, Any] = {"batch_size": None}
     if keys is not None:
         kwargs = {"batch_sampler": keys, "collate_fn": _batch}
     if workers:
         kwargs["prefetch_factor"] = _PREFETCH
     pinned = torch.cuda.is_available()
-    return DataLoader(dataset, num_workers=workers, pin_memory=pinned, **kwargs)
+    try:
+        yield from DataLoader(dataset, num_workers=workers, pin_memory=pinned, **kwargs)
+    except ValueError as error:  # a worker's comes with its traceback in the message
+        raise ValueError(str(error).strip().rpartition("ValueError: ")[2]) from error
 
 
-def _keys(count: int, seed: int, update: int, layout: Layout) -> Iterator[list[tuple[int, int]]]:
+def _keys(
+    count: int, seed: int, update: int, layout: Layout, repeats: int
+) -> Iterator[list[tuple[int, int]]]:
     """Positions and indices of one process' batches."""
-    images = order(count, seed, update * layout.images)
+    images = order(count, seed, update * layout.images, repeats)
     first = layout.rank * layout.accumulation
     while True:
         for number in range(layout.world * layout.accumulation):

@@ -154,6 +154,7 @@ class Engine:
             update=update,
             workers=config.data.workers,
             strict=config.data.strict,
+            repeats=config.data.repeats,
         )
         validate = _every(config.train.validate_every * epoch, updates)
         keep = _every(config.train.checkpoint_every or epoch, updates)
@@ -380,10 +381,11 @@ def run_length(config: Config, train: Any, layout: Layout) -> tuple[int, float]:
         raise ValueError("data.train: expected images, got none")
     epoch = images / layout.images
     schedule = config.schedule
-    if schedule.updates is not None:
-        return schedule.updates, epoch
-    assert schedule.epochs is not None
-    return max(1, math.ceil(schedule.epochs * epoch)), epoch
+    updates = schedule.updates
+    if updates is None:
+        assert schedule.epochs is not None
+        updates = max(1, math.ceil(schedule.epochs * epoch))
+    return updates + _cooldown(config, epoch), epoch
 
 
 def create_optimizer(
@@ -424,11 +426,13 @@ def create_scheduler(
     """Create timm's schedule, counted in updates, of which a pass over the data has ``epoch``."""
     section, scale = config.schedule, _scale(config, images)
     warmup = section.warmup_updates or round((section.warmup_epochs or 0) * epoch)
+    prefix = section.warmup_prefix
     scheduler, _ = create_scheduler_v2(
         optimizer,
         sched=_SCHEDULES[section.name],
-        num_epochs=updates,
+        num_epochs=max(1, updates - _cooldown(config, epoch) - warmup * prefix),
         warmup_epochs=warmup,
+        warmup_prefix=prefix,
         warmup_lr=section.warmup_lr * scale,
         min_lr=section.min_lr * scale,
         decay_milestones=[round(x * epoch) for x in section.milestones or ()],
@@ -438,6 +442,11 @@ def create_scheduler(
     )
     assert scheduler is not None
     return scheduler
+
+
+def _cooldown(config: Config, epoch: float) -> int:
+    """Updates after the schedule's end."""
+    return round(config.schedule.cooldown_epochs * epoch)
 
 
 def _scale(config: Config, images: int) -> float:

@@ -165,9 +165,10 @@ def _expect_used(data: DataConfig, kind: str, segmentation: bool) -> None:
         ("target_key", tables),
         ("samples", streamed),
         ("shuffle_buffer", streamed),
+        ("repeats", not streamed),
         ("classes", tables or (segmentation and kind == "folder")),
     ):
-        if not used and getattr(data, key):
+        if not used and getattr(data, key) != getattr(DataConfig, key):
             raise ValueError(f"data.{key}: {data.source} has none, got {getattr(data, key)!r}")
 
 

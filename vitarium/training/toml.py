@@ -163,6 +163,12 @@ def _check(config: Config, where: str) -> None:
         given = getattr(schedule, key)
         ok = (given is None) == (schedule.name != name)
         expect(ok, f"schedule.{key}", f"a value with {name}, else none", given)
+    falls = schedule.name in ("cosine", "poly")
+    cooldown = schedule.cooldown_epochs
+    ok = cooldown == 0 or (falls and cooldown > 0)
+    expect(ok, "schedule.cooldown_epochs", "0 or more with cosine or poly, else 0", cooldown)
+    prefix = schedule.warmup_prefix
+    expect(falls or not prefix, "schedule.warmup_prefix", "false without cosine or poly", prefix)
     model = config.model
     both = model.pretrained and model.checkpoint is not None
     expect(not both, "model.checkpoint", "none beside pretrained = true", model.checkpoint)
@@ -173,6 +179,7 @@ def _check(config: Config, where: str) -> None:
         ("train.keep", train.keep, 1),
         ("train.checkpoint_every", train.checkpoint_every or 1, 1),
         ("data.workers", data.workers, 0),
+        ("data.repeats", data.repeats, 1),
         ("data.image_size", min(data.image_size), 1),
         ("data.samples", 1 if data.samples is None else data.samples, 1),
     ):

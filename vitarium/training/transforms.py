@@ -92,14 +92,16 @@ class _Moved:
 
     def __call__(self, image: Tensor) -> Tensor:
         most = self._augment
-        drawn = 2 * torch.rand(6) - 1
-        angle, shear = math.radians(most.rotation) * drawn[0], math.radians(most.shear) * drawn[1]
-        width, height = 1 + most.zoom * drawn[2:4]
-        ratio = image.shape[-2] / image.shape[-1]  # the grid is 2 wide and 2 high
-        turn = torch.stack([angle.cos(), -angle.sin() * ratio, angle.sin() / ratio, angle.cos()])
-        stretch = torch.stack([width, shear.tan(), torch.zeros(()), height])
-        theta = turn.view(2, 2) @ stretch.view(2, 2)
-        theta = torch.cat([theta, 2 * most.translate * drawn[4:, None]], 1)[None]
+        turn, lean, wide, high, right, down = (2 * torch.rand(6) - 1).tolist()
+        angle, shear = math.radians(most.rotation * turn), math.tan(math.radians(most.shear * lean))
+        cos, sin, ratio = math.cos(angle), math.sin(angle), image.shape[-2] / image.shape[-1]
+        width, height = 1 + most.zoom * wide, 1 + most.zoom * high
+        shift = 2 * most.translate  # the grid is 2 wide and 2 high
+        rows = (
+            (cos * width, cos * shear - sin * ratio * height, shift * right),
+            (sin / ratio * width, sin / ratio * shear + cos * height, shift * down),
+        )
+        theta = torch.tensor([rows], dtype=image.dtype)
         grid = F.affine_grid(theta, [1, *image.shape], align_corners=False)
         if most.bend:
             knots = most.bend * (2 * torch.rand(1, 2, _KNOTS, _KNOTS) - 1)
