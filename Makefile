@@ -23,6 +23,7 @@ test: $(STAMP)-dev
 test-all: $(STAMP)-dev
 	$(PYTEST)
 	$(BIN)/python tests/timm_suite.py
+	$(BIN)/python tests/embed_storm.py
 
 lint: $(STAMP)-dev
 	$(BIN)/ruff check .
@@ -35,6 +36,7 @@ bench: $(STAMP)-dev
 	$(BIN)/vitarium bench models nat_tiny --sizes 224 800x1216 --batch-size 1 --rounds 5
 	$(BIN)/vitarium bench compile
 	$(BIN)/vitarium bench startup
+	$(BIN)/vitarium bench embed
 
 weights: $(STAMP)-dev
 	$(BIN)/python -m pytest -q tests/test_download.py tests/test_lock.py tests/test_hub.py

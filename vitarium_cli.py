@@ -282,7 +282,7 @@ def _export_hub_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _bench_arguments(parser: argparse.ArgumentParser) -> None:
     kinds = parser.add_subparsers(
-        dest="what", metavar="ops|models|compile|convert|digits|startup|plot", required=True
+        dest="what", metavar="ops|models|compile|convert|digits|embed|startup|plot", required=True
     )
 
     def kind(what: str, summary: str, rounds: int | None = None) -> argparse.ArgumentParser:
@@ -299,9 +299,12 @@ def _bench_arguments(parser: argparse.ArgumentParser) -> None:
     _bench_ops_arguments(ops)
     models = kind("models", "whole networks side by side, ours and timm's", 25)
     _bench_models_arguments(models)
-    for timed in (ops, models):
+    embed = kind("embed", "whether reading and writing keep up with the model", 5)
+    _bench_embed_arguments(embed)
+    for timed in (ops, models, embed):
         timed.add_argument("--threads", type=int, metavar="N", help="of the CPU (default: 1)")
         timed.add_argument("--device", help="cpu (default), cuda, cuda:1")
+    for timed in (ops, models):
         timed.add_argument("--plot", metavar="DIR", help="draw the results into DIR")
         timed.add_argument("--quick", action="store_true", help="a look, not a result")
     compiled = kind("compile", "what torch.compile makes of the models")
@@ -314,6 +317,15 @@ def _bench_arguments(parser: argparse.ArgumentParser) -> None:
     plot = kind("plot", "pictures of results, of `bench models` and of timm's benchmark.py")
     plot.add_argument("files", nargs="+", metavar="FILE.csv", help="results, of one or more runs")
     plot.add_argument("--out", default="outputs", metavar="DIR", help="(default: outputs)")
+
+
+def _bench_embed_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("names", nargs="*", metavar="MODEL", help="(default: nat_mini)")
+    for option, default, meaning in (("--images", 64, "in all"), ("--batch-size", 16, "per step")):
+        text = f"images {meaning} (default: {default})"
+        parser.add_argument(option, type=_positive, default=default, metavar="N", help=text)
+    text = "processes that read (default: one for every other core)"
+    parser.add_argument("--workers", type=_count, metavar="N", help=text)
 
 
 def _bench_ops_arguments(parser: argparse.ArgumentParser) -> None:

@@ -31,6 +31,19 @@ def test_ops(program, tmp_path):
     assert {"vitarium", "dense SDPA, float mask", "gather + einsum"} <= ran
 
 
+def test_embed(program, tmp_path):
+    file = tmp_path / "embed.csv"
+    argv = ("nat_atto", "--images", 3, "--batch-size", 2, "--workers", 0, "--rounds", 1)
+    status, out, _ = program("bench", "embed", *argv, "--csv", file)
+    assert status == 0
+    assert "bare images/s" in out
+    (row,) = rows_of(file)
+    assert float(row["ratio"]) == pytest.approx(
+        float(row["embed_images_per_s"]) / float(row["bare_images_per_s"]), abs=2e-3
+    )
+    assert row["met"] == str(float(row["ratio"]) >= 0.9)
+
+
 def test_startup(program):
     status, out, _ = program("bench", "startup", "--rounds", "1")
     assert status == 0

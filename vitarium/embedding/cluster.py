@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from vitarium.embedding.embedder import Embedder, Progress, Settings, spare_cores
+from vitarium.embedding.embedder import Embedder, Progress, Settings
 
 _BLOCKS = 1000  # at the most, into which Ray Data cuts the list of shards
 
@@ -47,7 +47,7 @@ def run(settings: Settings, actors: int | None) -> tuple[int, list[tuple[str, st
         import ray.data
     except ImportError as error:
         raise ValueError('ray is not installed: pip install "vitarium[ray]"') from error
-    settings = replace(settings, **_absolute(settings))
+    settings = _absolute(settings)
     ours = Embedder(replace(settings, device="cpu"))
     progress = Progress(ours.store.count, len(ours.images))
     pending = [n for n in range(ours.store.shards) if ours.store.outcome(n) is None]
@@ -70,23 +70,25 @@ def _map(settings: Settings, actors: int | None, shards: list[int], progress: Pr
     logging.getLogger("ray.data").setLevel(logging.ERROR)  # the progress is told by ours
     ray.data.DataContext.get_current().enable_progress_bars = False
     resources = ray.cluster_resources()
-    cpus = int(resources.get("CPU", 1))
-    on_gpu = settings.device != "cpu" and (settings.device is not None or "GPU" in resources)
-    needed = 1 + (spare_cores() if settings.workers is None else settings.workers)
-    room = int(resources.get("GPU", 0)) if on_gpu else cpus
-    count = actors or (room if on_gpu else max(1, cpus // needed))
+    cpus, gpus = (int(resources.get(kind, 0)) for kind in ("CPU", "GPU"))
+    on_gpu = gpus > 0 if settings.device is None else settings.device != "cpu"
+    room = gpus if on_gpu else cpus
+    least = 1 + (1 if settings.workers is None else settings.workers)
+    count = actors or (gpus if on_gpu else max(1, cpus // least))
     if count > room:
         kind = "GPU" if on_gpu else "CPU"
         raise ValueError(f"--ray: expected no more than {room}, one for each {kind}, got {count}")
+    share = max(1, cpus // count)
+    workers = max(1, share - 1) if settings.workers is None else settings.workers
     rows = ray.data.from_items(
         [{"shard": number} for number in shards],
         override_num_blocks=min(len(shards), _BLOCKS),
     )
     outcomes = rows.map(
         _Actor,
-        fn_constructor_args=(settings,),
+        fn_constructor_args=(replace(settings, workers=workers),),
         compute=ray.data.ActorPoolStrategy(size=count),
-        num_cpus=max(1, min(needed, cpus // count)),
+        num_cpus=min(1 + workers, share),
         num_gpus=1 if on_gpu else 0,
     )
     for row in outcomes.iter_rows():
@@ -97,14 +99,17 @@ def _map(settings: Settings, actors: int | None, shards: list[int], progress: Pr
         progress.tell(0)
 
 
-def _absolute(settings: Settings) -> dict[str, str]:
+def _absolute(settings: Settings) -> Settings:
     """Paths as processes with another working directory need them."""
-    found = {"out": str(Path(settings.out).expanduser().absolute())}
-    for key in ("checkpoint", "root"):
-        value = getattr(settings, key)
-        if value is not None:
-            found[key] = str(Path(value).expanduser().absolute())
-    data = Path(settings.data).expanduser()
-    if data.is_dir() or settings.data.endswith(".tar"):
-        found["data"] = str(data.absolute())
-    return found
+
+    def absolute(path: str) -> str:
+        return str(Path(path).expanduser().absolute())
+
+    is_path = Path(settings.data).expanduser().is_dir() or settings.data.endswith(".tar")
+    return replace(
+        settings,
+        checkpoint=settings.checkpoint and absolute(settings.checkpoint),
+        data=absolute(settings.data) if is_path else settings.data,
+        root=settings.root and absolute(settings.root),
+        out=absolute(settings.out),
+    )

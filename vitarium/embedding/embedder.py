@@ -290,7 +290,7 @@ def _unreadable(name: str, why: str) -> ValueError:
 
 
 class _Item(NamedTuple):
-    index: int
+    place: int
     name: str
     image: Tensor | None
     why: str = ""
@@ -323,8 +323,8 @@ class _Read(Dataset[_Item]):
 def _batch(items: Sequence[_Item]) -> _Batch:
     read = [(item.name, item.image) for item in items if item.image is not None]
     return _Batch(
-        items[0].index,
-        items[-1].index + 1,
+        items[0].place,
+        items[-1].place + 1,
         [name for name, _ in read],
         torch.stack([image for _, image in read]) if read else torch.empty(0),
         [(item.name, item.why) for item in items if item.image is None],

@@ -103,10 +103,10 @@ class _Names(Sequence[str]):
     @overload
     def __getitem__(self, index: slice) -> list[str]: ...
     def __getitem__(self, index: int | slice) -> str | list[str]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        first, last = self._ends[index : index + 2]
-        return os.fsdecode(self._content[first:last])
+        places = range(len(self))[index]
+        if isinstance(places, range):
+            return [self[i] for i in places]
+        return os.fsdecode(self._content[self._ends[places] : self._ends[places + 1]])
 
 
 def _digest(entries: Iterable[object]) -> str:

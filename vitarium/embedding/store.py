@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from io import BytesIO
@@ -252,5 +252,8 @@ def _parquet_header(path: Path) -> tuple[int, dict[str, str]]:
     return found.num_rows, {k.decode(): v.decode() for k, v in (found.metadata or {}).items()}
 
 
-_CONTENTS = {"safetensors": _safetensors, "parquet": _parquet}
+_CONTENTS: Mapping[str, Callable[[Shard, Mapping[str, Any]], bytes | memoryview]] = {
+    "safetensors": _safetensors,
+    "parquet": _parquet,
+}
 _HEADERS = {"safetensors": _safetensors_header, "parquet": _parquet_header}

@@ -33,6 +33,7 @@ from vitarium.tools._common import pick_device, require_matplotlib
 Function = Callable[[], Any]
 Row = dict[str, Any]
 CPU = torch.device("cpu")
+_CLOCKS = {"convert": "wall clock of fresh processes", "embed": "wall clock"}
 
 
 def run(args: Namespace) -> int:
@@ -54,7 +55,7 @@ def run(args: Namespace) -> int:
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler complains of absent GPUs
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 140)
     on_gpu = args.what == "ops" and device.type == "cuda"
-    head = machine(args.threads, device, args.what == "convert")
+    head = machine(args.threads, device, _CLOCKS.get(args.what))
     if device.type == "cuda":
         from vitarium.tools import bench_gpu_report
 
@@ -93,6 +94,10 @@ def run(args: Namespace) -> int:
             from vitarium.tools import bench_digits
 
             rows = bench_digits.measure(console, args.names)
+        elif args.what == "embed":
+            from vitarium.tools import bench_embed
+
+            rows = bench_embed.measure(console, args, device)
         else:
             from vitarium.tools import bench_startup
 
@@ -132,8 +137,8 @@ def _checked(args: Namespace) -> torch.device:
     return device
 
 
-def machine(num_threads: int, device: torch.device = CPU, fresh: bool = False) -> str:
-    """One line about where figures come from; ``fresh`` ones are of processes of their own."""
+def machine(num_threads: int, device: torch.device = CPU, clock: str | None = None) -> str:
+    """One line about where figures come from; ``clock`` is by what, if not as `interleaved`."""
     from importlib.metadata import version
 
     processor = platform.processor() or platform.machine()
@@ -143,7 +148,7 @@ def machine(num_threads: int, device: torch.device = CPU, fresh: bool = False) -
     processor += f", {torch.backends.cpu.get_cpu_capability()}, {num_threads} thread(s)"
     if device.type == "cuda":
         processor = f"{torch.cuda.get_device_name(device)}, {processor}"
-    clock = "wall clock of fresh processes" if fresh else clock_name(num_threads, device)
+    clock = clock or clock_name(num_threads, device)
     return (
         f"{processor}, {clock}, torch {torch.__version__}, "
         f"timm {version('timm')}, Python {platform.python_version()}"
