@@ -74,11 +74,11 @@ def test_every_config_is_found_by_its_name(file):
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.name)
 def test_headers_say_how_where_what_and_whence(recipe):
     text = (FOLDER / recipe.settings["task"] / f"{recipe.name}.toml").read_text(encoding="utf-8")
-    header = text.partition("\ntask = ")[0]
+    header = text.partition("\n\n")[0]
     assert all(line.startswith("#") for line in header.splitlines())
     for key in ("Hardware", "Expected result", "Source", "Differs"):
         assert header.count(f"\n# {key}: ") == 1
-    assert "not run" in header
+    assert f"{recipe.gpus} GPUs; not run" in header
     assert re.search(r"[0-9a-f]{7}", header.partition("Source: ")[2])  # a commit
     assert set(re.findall(r" train ([a-z0-9_]+)", header)) == {recipe.name}
     assert "torchrun" in header

@@ -452,15 +452,15 @@ def _text(recipe: Recipe) -> str:
         f"Or: accelerate launch --multi_gpu --num_processes {gpus} {several}",
         f"Command, 1 GPU: vitarium train {recipe.name} --set train.{whole}",
         "",
-        f"Hardware: {gpus} GPUs",
-        *_wrapped("Expected result", f"{recipe.expected}; not run"),
+        f"Hardware: {gpus} GPUs; not run",
+        *_wrapped("Expected result", recipe.expected),
         *_wrapped("Source", recipe.source),
         *_wrapped("Differs", "; ".join(recipe.differs) or "in nothing known"),
         *_weights(settings["model"]),
     ]
     lines = [f"# {line}".rstrip() for line in head]
     ordered = {key: settings[key] for key in ("task", *_ORDER) if key in settings}
-    return "\n".join([*lines, *_toml(ordered, "")]) + "\n"
+    return "\n".join([*lines, "", *_toml(ordered, "")]) + "\n"
 
 
 def _weights(model: _Settings) -> list[str]:
