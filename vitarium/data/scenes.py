@@ -1,7 +1,7 @@
-"""Scenes: one to five handwritten digits on a textured background, with masks.
+"""Scenes: three to six handwritten digits on a textured background, with masks.
 
 A digit is 24 to 64 pixels large (the side of its 8 x 8 grid), a little turned, stretched and
-sheared, lighter or darker than all that it lies on, and whole within the image. A later one may
+sheared, lighter than all that it lies on, and whole within the image. A later one may
 cover a little of an earlier one. Which digits a scene shows is told (`Scene.samples`): those of
 "val" are the held-out ones and never appear in "train".
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Sequence
+import signal
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -22,6 +23,7 @@ Transform: TypeAlias = Callable[[Pair], tuple[Tensor, Tensor]]
 _REPLACEMENTS = 20  # images tried in the place of one that cannot be read
 _PREFETCH = 4  # batches that a worker prepares ahead
 _STEP, _IMAGE = range(2)  # what a place is drawn for
+_numpy: Any = np.random  # whose types leave out how its generator is changed
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,10 @@ class Batch:
         images = self.images.to(device, non_blocking=True, memory_format=memory_format)
         return replace(self, images=images, targets=self.targets.to(device, non_blocking=True))
 
+    def pin_memory(self) -> Batch:
+        """The same batch where a device can fetch it by itself; torch's loader asks for it."""
+        return replace(self, images=self.images.pin_memory(), targets=self.targets.pin_memory())
+
 
 @contextmanager
 def seeded(*key: int) -> Iterator[None]:
@@ -79,10 +85,10 @@ def seeded(*key: int) -> Iterator[None]:
     # torch.manual_seed walks through every kind of device, and costs more than to read an image;
     # NumPy's state is large, so its generator is changed for another one.
     cpu, cuda = torch.default_generator, torch.cuda.is_initialized()
-    before = random.getstate(), np.random.get_bit_generator(), cpu.get_state()
+    before = random.getstate(), _numpy.get_bit_generator(), cpu.get_state()
     device = torch.cuda.get_rng_state() if cuda else None
     random.seed(int(words[0]))
-    np.random.set_bit_generator(np.random.PCG64(sequence))
+    _numpy.set_bit_generator(np.random.PCG64(sequence))
     cpu.manual_seed(seed)
     if cuda:
         torch.cuda.manual_seed(seed)
@@ -90,7 +96,7 @@ def seeded(*key: int) -> Iterator[None]:
         yield
     finally:
         random.setstate(before[0])
-        np.random.set_bit_generator(before[1])
+        _numpy.set_bit_generator(before[1])
         cpu.set_state(before[2])
         if device is not None:
             torch.cuda.set_rng_state(device)
@@ -126,7 +132,7 @@ def training_batches(
     workers: int,
     strict: bool,
     repeats: int = 1,
-) -> Iterator[Batch]:
+) -> Generator[Batch, None, None]:
     """One process' batches from step ``update`` on, without end.
 
     Args:
@@ -157,7 +163,7 @@ def validation_batches(
     *,
     workers: int,
     strict: bool,
-) -> Iterator[Batch]:
+) -> Generator[Batch, None, None]:
     """One process' share of all images, each once; any batch may be smaller, or empty."""
     reader = _Reader(transform, 0, strict)
     if isinstance(source, Source):
@@ -174,12 +180,22 @@ def _loader(dataset: Dataset[Any], workers: int, keys: Any = None) -> Iterator[A
     if keys is not None:
         kwargs = {"batch_sampler": keys, "collate_fn": _batch}
     if workers:
-        kwargs["prefetch_factor"] = _PREFETCH
+        kwargs |= {"prefetch_factor": _PREFETCH, "worker_init_fn": _spared}
     pinned = torch.cuda.is_available()
     try:
         yield from DataLoader(dataset, num_workers=workers, pin_memory=pinned, **kwargs)
     except ValueError as error:  # a worker's comes with its traceback in the message
         raise ValueError(str(error).strip().rpartition("ValueError: ")[2]) from error
+
+
+def _spared(worker: int) -> None:
+    """Let a worker live through one SIGINT and one SIGTERM.
+
+    Terminals, torchrun and Slurm send them to all processes, and the one that trains still wants
+    batches until it has written its snapshot; then it ends its workers.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, frame: signal.signal(number, signal.SIG_DFL))
 
 
 def _keys(

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+import os
 import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -61,10 +62,20 @@ class Engine:
         cuda = torch.cuda.is_available()
         if device not in (None, "cpu", *(["cuda"] if cuda else [])):
             raise ValueError(f"device: expected cpu{' or cuda' * cuda}, got {device!r}")
+        self._before = torch.are_deterministic_algorithms_enabled()
         torch.use_deterministic_algorithms(config.deterministic)
+        if config.deterministic:  # cuBLAS asks for it, before its first call
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         self._accelerator = Accelerator(
             cpu=device == "cpu" or not cuda, mixed_precision=_PRECISIONS[config.train.precision]
         )
+        try:
+            self._build(config)
+        except BaseException:
+            self.__exit__()
+            raise
+
+    def _build(self, config: Config) -> None:
         self._device: torch.device = self._accelerator.device
         self.main: bool = self._accelerator.is_main_process
         self._config = config
@@ -80,6 +91,21 @@ class Engine:
         self._model = self._task.model.to(self._device).to(memory_format=self._format)
         self._trained = self._task.trained  # a part of the model, or all of it
         self._average: Average | None = None
+        self._nothing = self._tried()
+
+    def _tried(self) -> Tensor:
+        """Counts of no image, from a model that shows that it takes images of the config's size."""
+        model, task = self._model.eval(), self._task
+        try:
+            with torch.no_grad(), self._accelerator.autocast():
+                return task.counts(model, task.blank().to(self._device, self._format))
+        except (RuntimeError, AssertionError) as error:
+            height, width = self._config.data.image_size
+            reason = str(error).partition("\n")[0]
+            raise ValueError(
+                f"data.image_size: {self._config.model.name} cannot take images of 3 channels and "
+                f"{height} x {width} pixels: {reason}"
+            ) from error
 
     def __enter__(self) -> Engine:
         return self
@@ -88,7 +114,7 @@ class Engine:
         """Leave the group of processes; another engine may follow, of another precision."""
         from accelerate.state import AcceleratorState
 
-        torch.use_deterministic_algorithms(False)
+        torch.use_deterministic_algorithms(self._before)
         self._accelerator.end_training()
         AcceleratorState._reset_state(reset_partial_state=True)
 
@@ -109,7 +135,8 @@ class Engine:
         Raises:
             ValueError: no image can be read.
         """
-        return self._validated(0, None)
+        log = Log(None, self._config, 0, 1.0, self._layout.images, self.main)
+        return self._validated(0, log)
 
     def row(self, measures: Mapping[str, float]) -> dict[str, Any]:
         """Measures among the columns of timm's results, where they are a classifier's."""
@@ -135,11 +162,14 @@ class Engine:
         config, task = self._config, self._task
         folder = RunFolder(Path(output), config)
         updates, epoch = run_length(config, task.train, self._layout)
-        found = self._opened(folder, resume)
+        log = Log(folder, config, updates, epoch, self._layout.images, self.main)
+        transform = task.transform(training=True)
         module, optimizer = self._prepared()
         scheduler = create_scheduler(
             config, optimizer.optimizer, self._layout.images, updates, epoch
         )
+        # Whatever does not fit was said by now: a new folder is left without a run.
+        found = self._opened(folder, resume)
         update, best, measures = 0, -math.inf, {}
         if found is not None:
             update, best, measures = found["update"], found["best"], found["measures"]
@@ -148,7 +178,7 @@ class Engine:
             folder.rewind(update)
         batches = training_batches(
             task.train,
-            task.transform(training=True),
+            transform,
             self._layout,
             seed=config.seed,
             update=update,
@@ -158,9 +188,8 @@ class Engine:
         )
         validate = _every(config.train.validate_every * epoch, updates)
         keep = _every(config.train.checkpoint_every or epoch, updates)
-        log = Log(folder if self.main else None, config, updates, epoch, self._layout.images)
         self._model.train()
-        with log.running(update), _interruption() as interrupted:
+        with closing(batches), log.running(update), _interruption() as interrupted:
             while update < updates:
                 scheduler.step_update(update)
                 losses = self._step(module, optimizer, batches, update, log)
@@ -169,6 +198,10 @@ class Engine:
                     self._average.update(self._trained, update)
                 log.count(losses)
                 told = update % config.train.log_every == 0 or update == updates
+                if told or keep(update) or self._layout.world == 1:
+                    self._name_unreadable(log)
+                if validate(update) or keep(update):
+                    self._require_finite(log)
                 if told:
                     log.losses(update, self._mean(log.mean()), optimizer.param_groups)
                 if validate(update):
@@ -180,7 +213,7 @@ class Engine:
                 # Processes must agree: where there are several, they do when the log is written.
                 stop = self._any(interrupted()) if told or self._layout.world == 1 else False
                 if keep(update) or stop:
-                    log.require_finite()
+                    self._require_finite(log)
                     self._snapshot(folder, update, best, measures, optimizer.optimizer)
                 if stop and update < updates:
                     raise KeyboardInterrupt(
@@ -203,7 +236,13 @@ class Engine:
             broadcast_object_list(fault)
         if fault[0] is not None:
             raise ValueError(fault[0])
-        return folder.snapshots.newest() if resume else None
+        found = folder.snapshots.newest() if resume else None
+        if found is not None and found["images"] != self._layout.images:
+            raise ValueError(
+                f"{folder.path}: its run takes {found['images']} images a step, these processes "
+                f"take {self._layout.images}; train.accumulation can make up for their number"
+            )
+        return found
 
     def _prepared(self) -> tuple[nn.Module, Any]:
         """The model for steps of all processes together, and its optimizer."""
@@ -269,7 +308,7 @@ class Engine:
             return module.no_sync()
         return nullcontext()
 
-    def _validated(self, update: int, log: Log | None) -> dict[str, float]:
+    def _validated(self, update: int, log: Log) -> dict[str, float]:
         """Measures over all images of all processes, of the average of weights if there is one."""
         config, task, model = self._config, self._task, self._model
         batches = validation_batches(
@@ -282,20 +321,39 @@ class Engine:
         average = self._average
         before = model.training
         model.eval()
-        counts = None
+        counts = self._nothing.clone()
         with (
             torch.no_grad(),
             average.applied(self._trained) if average is not None else nullcontext(),
+            closing(batches),
         ):
+            if self._layout.world > 1:  # each process has seen statistics of its own
+                for buffer in model.buffers():
+                    torch.distributed.broadcast(buffer, 0)
             for batch in self._together(batches):
-                if log is not None:
-                    log.unreadable(update, batch.failures)
+                log.unreadable(update, batch.failures)
                 with self._accelerator.autocast():
-                    found = task.counts(model, batch.to(self._device, self._format))
-                counts = found if counts is None else counts + found
+                    counts += task.counts(model, batch.to(self._device, self._format))
         model.train(before)
-        assert counts is not None
+        self._name_unreadable(log)
         return task.measures(self._accelerator.reduce(counts, "sum"))
+
+    def _name_unreadable(self, log: Log) -> None:
+        """What any process could not read, the main one says."""
+        from accelerate.utils import gather_object
+
+        found = log.unsaid()
+        log.name(gather_object(found) if self._layout.world > 1 else found)
+
+    def _require_finite(self, log: Log) -> None:
+        """Refuse to validate or keep weights that are lost, even where no loss shows it yet."""
+        values = [x for x in model_state(self._trained).values() if x.is_floating_point()]
+        finite = log.finite() and bool(torch.stack([x.isfinite().all() for x in values]).all())
+        if self._any(not finite):
+            raise ValueError(
+                "loss: expected finite losses and weights, got others; lower optimizer.lr, or use "
+                "bf16 or fp32"
+            )
 
     def _together(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         """Batches with images, and one without any wherever sharded weights are waited for."""
@@ -322,15 +380,14 @@ class Engine:
     ) -> None:
         content: dict[str, Any] = {
             "update": update,
+            "images": self._layout.images,
             "best": best,
             "measures": measures,
             "model": model_state(self._trained),
             "optimizer": optimizer_state(self._trained, optimizer),
         }
         if self._average is not None:
-            with self._average.applied(self._trained):
-                state = model_state(self._trained)
-                content["average"] = {name: value.clone() for name, value in state.items()}
+            content["average"] = self._average.state(self._trained)
         if self._accelerator.scaler is not None:
             content["scaler"] = self._accelerator.scaler.state_dict()
         if self.main:
@@ -406,6 +463,8 @@ def create_optimizer(
         info = get_optimizer_info(section.name)
     except ValueError as error:
         raise ValueError(f"optimizer.name: {error}") from error
+    if info.second_order:
+        raise ValueError(f"optimizer.name: {section.name} needs second derivatives, got none")
     kwargs = {}
     for key in ("momentum", "betas", "eps"):
         value = getattr(section, key)

@@ -18,10 +18,11 @@ from vitarium.training.runs import RunFolder
 
 
 class Log:
-    """The log of one process; only the main one has a folder, and says anything.
+    """The log of one process; only the main one says anything.
 
     Args:
-        folder: where the files go, or None for a process that is silent.
+        folder: where the files go, or None.
+        main: whether this process says anything.
         config: of the run.
         updates: of the whole run.
         epoch: updates of one pass over the data.
@@ -29,9 +30,16 @@ class Log:
     """
 
     def __init__(
-        self, folder: RunFolder | None, config: Config, updates: int, epoch: float, images: int
+        self,
+        folder: RunFolder | None,
+        config: Config,
+        updates: int,
+        epoch: float,
+        images: int,
+        main: bool,
     ) -> None:
-        self._folder = folder
+        self._folder = folder if main else None
+        self._main = main
         self._config = config
         self._updates = updates
         self._epoch = epoch
@@ -40,6 +48,7 @@ class Log:
         self._sums: dict[str, Tensor] = {}
         self._counted = 0
         self._named: set[str] = set()
+        self._unsaid: list[tuple[int, str, str]] = []
         self._since = (0, 0.0)
 
     @contextmanager
@@ -53,7 +62,7 @@ class Log:
         finally:
             if self._board is not None:
                 self._board.close()
-            if self._named:
+            if self._named and self._folder is not None:
                 self._say(f"{len(self._named)} images could not be read: unreadable.csv names them")
 
     def count(self, losses: Mapping[str, Tensor]) -> None:
@@ -101,19 +110,26 @@ class Log:
         self._write(update, {f"val_{name}": value for name, value in measures.items()})
 
     def unreadable(self, update: int, failures: Sequence[tuple[str, str]]) -> None:
-        """Name each image that cannot be read, once."""
-        for name, why in failures:
+        """Note images that this process could not read, for `unsaid`."""
+        self._unsaid += [(update, *failure) for failure in failures]
+
+    def unsaid(self) -> list[tuple[int, str, str]]:
+        """What was noted since this was asked before."""
+        found, self._unsaid = self._unsaid, []
+        return found
+
+    def name(self, failures: Sequence[tuple[int, str, str]]) -> None:
+        """Name each image that some process could not read, once."""
+        for update, name, why in failures:
             if name not in self._named:
                 self._named.add(name)
                 self._say(f"cannot be read: {name}: {why}")
                 if self._folder is not None:
                     self._folder.unreadable(update, name, why)
 
-    def require_finite(self) -> None:
-        """Raise a ValueError where a loss since the last line is not finite."""
-        for name, total in self._sums.items():
-            if not bool(torch.isfinite(total)):
-                raise ValueError(f"{name}: expected a finite number, got {float(total)}")
+    def finite(self) -> bool:
+        """Whether all losses since the last line are."""
+        return all(bool(torch.isfinite(total)) for total in self._sums.values())
 
     def _write(self, update: int, row: Mapping[str, float]) -> None:
         if self._folder is None:
@@ -126,7 +142,7 @@ class Log:
                 self._board.add_scalar(name, value, update)
 
     def _say(self, text: str) -> None:
-        if self._folder is not None:
+        if self._main:
             print(text, file=sys.stderr, flush=True)
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -29,10 +30,11 @@ _FACTS = "run.json"
 _LOG = "log.csv"
 _UNREADABLE = "unreadable.csv"
 _PACKAGES = ("torch", "torchvision", "timm", "accelerate", "numpy", "pillow", "datasets")
-# What may change between an interruption and a resumption: no weight depends on it.
+# What may change between an interruption and a resumption: no weight depends on it, provided that
+# a step has as many images as before.
 _FREE = {
-    "data.root", "data.workers", "train.log_every", "train.checkpoint_every", "train.keep",
-    "train.tensorboard",
+    "data.root", "data.workers", "train.accumulation", "train.log_every",
+    "train.checkpoint_every", "train.keep", "train.tensorboard",
 }  # fmt: skip
 
 
@@ -89,23 +91,25 @@ class RunFolder:
             path = self.path / name
             if not path.exists():
                 continue
-            lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-            whole = [line for line in lines if line.endswith("\n")]
+            whole = path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]
             rows = list(csv.reader(whole))
             kept = [
                 line
                 for line, row in zip(whole, rows, strict=True)
                 if not row[0].isdecimal() or int(row[0]) <= update
             ]
-            _write(path, "".join(kept))
+            _write(path, "".join(f"{line}\n" for line in kept))
 
     def log(self, row: Mapping[str, Any]) -> None:
         """Add a line to the log; all have the same columns."""
         self._append(_LOG, row)
 
     def unreadable(self, update: int, name: str, why: str) -> None:
-        """Write down an image that could not be read."""
-        self._append(_UNREADABLE, {"update": update, "image": name, "reason": why})
+        """Write down an image that could not be read, whatever its name, in one line."""
+        image, reason = (
+            repr(text)[1:-1] if not text.isprintable() else text for text in (name, why)
+        )
+        self._append(_UNREADABLE, {"update": update, "image": image, "reason": reason})
 
     def _append(self, name: str, row: Mapping[str, Any]) -> None:
         path = self.path / name
@@ -127,6 +131,8 @@ class RunFolder:
             save_file(plain, temporary, {"training": json.dumps(facts)})
             sync(temporary)
             rename(temporary, path)
+        except SafetensorError as error:  # what safetensors makes of a disk that is full
+            raise OSError(f"{path}: cannot be written: {error}") from error
         finally:
             temporary.unlink(missing_ok=True)
         return path

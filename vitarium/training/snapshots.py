@@ -35,6 +35,8 @@ class Snapshots:
             OSError: it cannot be written; the others stay as they are.
         """
         self._folder.mkdir(parents=True, exist_ok=True)
+        for half in self._folder.glob("step-*.new"):  # of a process that was killed
+            half.unlink(missing_ok=True)
         path = self._folder / f"step-{update:09}.pt"
         temporary = path.with_name(path.name + ".new")
         try:

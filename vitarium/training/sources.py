@@ -22,6 +22,7 @@ _CITY = (
     *("vegetation", "terrain", "sky", "person", "rider", "car", "truck", "bus", "train"),
     *("motorcycle", "bicycle"),
 )
+_HALVES = ("train", "training", "val", "valid", "validation", "eval", "evaluation", "test")
 _SHARDS = 16  # parts into which a table on the disk is cut for a stream
 
 # A class's number, or a map of them for every pixel.
@@ -230,11 +231,19 @@ class _Torchvision(Source):
             self._found: Any = create_dataset(f"torch/{name}", root=str(_root(data)), split=split)
         except (AssertionError, RuntimeError, OSError) as error:
             raise ValueError(f"data.source: {data.source}: {error}") from error
+        if hasattr(self._found, "train") and split not in _HALVES:  # timm takes it for the test set
+            key = "val" if seed is None else "train"
+            raise ValueError(f"data.{key}: expected one of {', '.join(_HALVES)}, got {split!r}")
+        if not hasattr(self._found, "classes"):
+            raise ValueError(f"data.source: {data.source} does not name its classes")
         self.names = [f"{data.source} {split} {i}" for i in range(len(self._found))]
         self.classes = tuple(map(str, self._found.classes))
 
     def load(self, index: int) -> Pair:
-        image, number = self._found[index]
+        try:
+            image, number = self._found[index]
+        except DECODER_ERRORS as error:
+            raise UnreadableError(getattr(error, "strerror", None) or str(error)) from error
         return decode(image), int(number)
 
 
@@ -355,7 +364,9 @@ def open_table(data: DataConfig, name: str, split: str) -> Any:
         if name == "disk":
             found = datasets.load_from_disk(str(_root(data)))
             found = found[split] if isinstance(found, datasets.DatasetDict) else found
-            return found.to_iterable_dataset(_SHARDS) if data.stream else found
+            if data.stream:
+                found = found.to_iterable_dataset(max(1, min(_SHARDS, len(found))))
+            return found
         folder = {} if data.root is None else {"data_dir": str(_root(data))}
         return datasets.load_dataset(name, split=split, streaming=data.stream, **folder)
     except Exception as error:  # of any of the libraries beneath

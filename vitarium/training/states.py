@@ -65,7 +65,7 @@ class Average:
     Args:
         model: whose values it starts from.
         decay: share of the old average that an update keeps.
-        warmup: whether that share rises from 0 as 1 - (1 + n)^(-2/3) over n updates (timm).
+        warmup: whether that share rises as 1 - n^(-2/3) at the n-th update (timm).
     """
 
     def __init__(self, model: nn.Module, decay: float, warmup: bool) -> None:
@@ -75,10 +75,10 @@ class Average:
 
     @torch.no_grad()
     def update(self, model: nn.Module, updates: int) -> None:
-        """Take the weights after a number of updates in."""
-        decay = self._decay
+        """Take the weights after a number of updates in; those after the first as they are."""
+        decay = self._decay if updates > 1 else 0.0
         if self._warmup:
-            decay = min(decay, 1 - (1 + updates) ** (-2 / 3))
+            decay = min(decay, 1 - updates ** (-2 / 3))
         current = model.state_dict()
         floating = [name for name, value in self.values.items() if value.is_floating_point()]
         for name in self.values.keys() - floating:
@@ -105,8 +105,15 @@ class Average:
             value.copy_(self.values[name])
             self.values[name].copy_(kept)
 
+    def state(self, model: nn.Module) -> dict[str, Any]:
+        """All values by name; every process must ask where they are sharded."""
+        if not isinstance(model, FSDPModule):
+            return self.values
+        with self.applied(model):
+            return {name: value.clone() for name, value in model_state(model).items()}
+
     def restore(self, model: nn.Module, values: dict[str, Any]) -> None:
-        """Put back values as `model_state` gave them inside `applied`."""
+        """Put back what `state` gave."""
         with self.applied(model):
             if isinstance(model, FSDPModule):
                 set_model_state_dict(model, values, options=StateDictOptions(full_state_dict=True))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import timm
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from vitarium.heads.probing import Probe
 from vitarium.heads.segmentation import MeanIoU, Segmenter
+from vitarium.tools._common import check_model
 from vitarium.training.config import (
     ClassificationConfig,
     Config,
@@ -25,7 +27,12 @@ from vitarium.training.config import (
 )
 from vitarium.training.data import Batch, Layout, Transform
 from vitarium.training.sources import Source, open_sources
-from vitarium.training.transforms import ClassTransform, MapTransform, Preprocessing
+from vitarium.training.transforms import (
+    ClassTransform,
+    MapTransform,
+    Preprocessing,
+    validation_interpolation,
+)
 
 _Config = TypeVar("_Config", bound=Config)
 
@@ -49,7 +56,10 @@ class Task(ABC, Generic[_Config]):
         self.train, self.val = open_sources(config.data, maps, config.seed)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
-            self.model = self._built()
+            try:
+                self.model = self._built()
+            except (TypeError, RuntimeError, OSError) as error:  # of arguments, of a hub
+                raise ValueError(f"{config.model.name}: {error}") from error
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -111,6 +121,7 @@ class Classification(Task[ClassificationConfig]):
 
     def _built(self) -> nn.Module:
         name, kwargs = model_arguments(self.config)
+        check_model(name, kwargs["pretrained"] and self.config.model.checkpoint is None)
         return timm.create_model(name, num_classes=len(self.classes), **kwargs)
 
     def transform(self, training: bool) -> Transform:
@@ -122,7 +133,7 @@ class Classification(Task[ClassificationConfig]):
         images, targets = batch.images, batch.targets
         if self._mix is not None:
             images, targets = self._mix(images, targets)
-        return {"loss": self._loss(model(images), targets)}
+        return {"loss": self._loss(model(images).float(), targets)}
 
     def counts(self, model: nn.Module, batch: Batch) -> Tensor:
         return classification_counts(model(batch.images), batch.targets)
@@ -159,6 +170,7 @@ class Probing(Task[ProbingConfig]):
     def _built(self) -> nn.Module:
         probe = self.config.probe
         backbone, kwargs = model_arguments(self.config)
+        check_model(backbone, kwargs["pretrained"] and self.config.model.checkpoint is None)
         return Probe(
             backbone,
             len(self.classes),
@@ -282,6 +294,13 @@ def model_arguments(config: Config) -> tuple[str, dict[str, Any]]:
     """Name and arguments of the model in timm's terms."""
     section = config.model
     kwargs = dict(section.kwargs)
+    if "num_classes" in kwargs:
+        raise ValueError(
+            f"model.kwargs.num_classes: expected none, the data's classes count, got "
+            f"{kwargs['num_classes']}"
+        )
+    if section.checkpoint is not None and not Path(section.checkpoint).is_file():
+        raise ValueError(f"model.checkpoint: expected a file, got {section.checkpoint!r}")
     if section.drop_path_rate is not None:
         kwargs["drop_path_rate"] = section.drop_path_rate
     if section.checkpoint is not None:
@@ -326,6 +345,7 @@ def classification_loss(loss: LossConfig) -> Callable[[Tensor, Tensor], Tensor]:
 
 def classification_counts(logits: Tensor, targets: Tensor) -> Tensor:
     """Images, those right at once and within five guesses, and the sum of cross entropies."""
+    logits = logits[: len(targets)]  # a batch that counts nothing has an image, and no target
     guesses = logits.topk(min(5, logits.shape[1])).indices == targets[:, None]
     loss = F.cross_entropy(logits.float(), targets, reduction="sum")
     counts = [len(targets), guesses[:, 0].sum(), guesses.sum(), loss]
@@ -361,7 +381,7 @@ def classification_row(task: Task[Any], measures: Mapping[str, float]) -> dict[s
         "param_count": round(sum(p.numel() for p in task.model.parameters()) / 1e6, 2),
         "img_size": config.data.image_size[-1],
         "crop_pct": expected.crop_pct,
-        "interpolation": config.augment.interpolation,
+        "interpolation": validation_interpolation(config.augment),
         "loss": measures["loss"],
         "images": int(measures["images"]),
     }

@@ -145,6 +145,42 @@ def _words(hint: Any) -> str:
     return words.get(hint, "a section")
 
 
+_TINY = 1e-12  # for what must be more than 0
+# Of numbers that a library would take as they are, whatever comes of it.
+_RANGES = (
+    ("model.drop_path_rate", 0, 1 - _TINY),
+    ("data.shuffle_buffer", 1, math.inf),
+    ("augment.scale", _TINY, math.inf),
+    ("augment.ratio", _TINY, math.inf),
+    ("augment.hflip", 0, 1),
+    ("augment.color_jitter", 0, math.inf),
+    ("augment.random_erasing", 0, 1),
+    ("augment.zoom", 0, 1 - _TINY),
+    ("augment.std", _TINY, math.inf),
+    ("augment.crop_pct", _TINY, 1),
+    ("augment.resize", 1, math.inf),
+    ("augment.category_max", _TINY, 1),
+    ("loss.label_smoothing", 0, 1 - _TINY),
+    ("loss.mixup", 0, math.inf),
+    ("loss.cutmix", 0, math.inf),
+    ("loss.mixup_prob", 0, 1),
+    ("loss.switch_prob", 0, 1),
+    ("optimizer.lr_batch", 1, math.inf),
+    ("optimizer.weight_decay", 0, math.inf),
+    ("optimizer.layer_decay", _TINY, 1),
+    ("optimizer.clip_grad", _TINY, math.inf),
+    ("schedule.warmup_lr", 0, math.inf),
+    ("schedule.min_lr", 0, math.inf),
+    ("schedule.power", _TINY, math.inf),
+    ("schedule.decay_rate", _TINY, math.inf),
+    ("head.freeze", 0, math.inf),
+    ("head.dice_weight", 0, math.inf),
+    ("head.auxiliary_weight", 0, math.inf),
+    ("head.drop_rate", 0, 1 - _TINY),
+    ("head.lr_factor", _TINY, math.inf),
+)
+
+
 def _check(config: Config, where: str) -> None:
     """What no type says."""
     schedule, train, data = config.schedule, config.train, config.data
@@ -159,6 +195,8 @@ def _check(config: Config, where: str) -> None:
     warm = (schedule.warmup_epochs, schedule.warmup_updates)
     expect(None in warm, "schedule", "warmup_epochs or warmup_updates", warm)
     expect(all(x is None or x >= 0 for x in warm), "schedule", "a warm-up of 0 or more", warm)
+    ends = schedule.name in ("cosine", "poly") or not schedule.min_lr
+    expect(ends, "schedule.min_lr", f"0 with {schedule.name}", schedule.min_lr)
     for key, name in (("power", "poly"), ("milestones", "step"), ("decay_rate", "step")):
         given = getattr(schedule, key)
         ok = (given is None) == (schedule.name != name)
@@ -184,6 +222,23 @@ def _check(config: Config, where: str) -> None:
         ("data.samples", 1 if data.samples is None else data.samples, 1),
     ):
         expect(number >= least, name, f"{least} or more", number)
+    for name, smallest, largest in _RANGES:
+        section, key = name.split(".")
+        value = getattr(getattr(config, section, None), key, None)
+        several = value if isinstance(value, tuple) else () if value is None else (value,)
+        ok = all(smallest <= x <= largest for x in several)
+        expect(
+            ok,
+            name,
+            f"{smallest:g} ... {largest:g}" if largest < math.inf else f"{smallest:g} or more",
+            value,
+        )
+    for section, key in (("augment", "scale"), ("augment", "ratio")):
+        pair = getattr(getattr(config, section, None), key, (0, 1))
+        expect(pair[0] <= pair[1], f"{section}.{key}", "the smaller one first", pair)
+    for key in ("mean", "std"):
+        value = getattr(getattr(config, "augment", None), key, None)
+        expect(value is None or len(value) == 3, f"augment.{key}", "three numbers", value)
     expect(train.validate_every > 0, "train.validate_every", "more than 0", train.validate_every)
     expect(config.optimizer.lr > 0, "optimizer.lr", "more than 0", config.optimizer.lr)
     expect(0 <= config.seed < 2**31, "seed", "0 ... 2**31 - 1", config.seed)

@@ -30,6 +30,11 @@ class Preprocessing:
     crop_pct: float
 
 
+def validation_interpolation(augment: AugmentConfig) -> str:
+    """How validation changes an image's size."""
+    return "bicubic" if augment.interpolation == "random" else augment.interpolation
+
+
 class ClassTransform:
     """An image to a tensor [3, H, W]; its class's number to a tensor [].
 
@@ -54,24 +59,31 @@ class ClassTransform:
             "use_prefetcher": False,
         }
         if not training:
-            mode = "bicubic" if augment.interpolation == "random" else augment.interpolation
             self._steps = create_transform(
-                **common, interpolation=mode, crop_pct=expected.crop_pct, crop_mode="center"
+                **common,
+                interpolation=validation_interpolation(augment),
+                crop_pct=expected.crop_pct,
+                crop_mode="center",
             )
             return
-        first, second, last = create_transform(
-            **common,
-            is_training=True,
-            separate=True,
-            interpolation=augment.interpolation,
-            scale=augment.scale,
-            ratio=augment.ratio,
-            hflip=augment.hflip,
-            color_jitter=augment.color_jitter,
-            auto_augment=augment.auto_augment,
-            re_prob=augment.random_erasing,
-            re_mode="pixel",
-        )
+        try:
+            first, second, last = create_transform(
+                **common,
+                is_training=True,
+                separate=True,
+                interpolation=augment.interpolation,
+                scale=augment.scale,
+                ratio=augment.ratio,
+                hflip=augment.hflip,
+                color_jitter=augment.color_jitter,
+                auto_augment=augment.auto_augment,
+                re_prob=augment.random_erasing,
+                re_mode="pixel",
+            )
+        except (AssertionError, ValueError) as error:  # of what only timm can parse
+            raise ValueError(
+                f"augment.auto_augment: timm does not know {augment.auto_augment!r}: {error}"
+            ) from error
         if augment.crop == "resize":
             mode = InterpolationMode(augment.interpolation)
             first.transforms[0] = v2.Resize(size, mode)
