@@ -280,7 +280,7 @@ def test_launchers(embed, images, tmp_path, launcher):
     embed(out=tmp_path / "whole")
     options = ["--nproc_per_node", "2"]
     if launcher.startswith("accelerate"):
-        options = ["--num_processes", "2", "--multi_gpu", "--cpu"]
+        options = ["--num_processes", "2", "--multi_gpu"]
     argv = [
         *(sys.executable, "-m", launcher, *options, "-m", "vitarium_cli", "embed"),
         *("--model", MODEL, "--data", images, "--out", tmp_path / "out", "--shard-size", "3"),
