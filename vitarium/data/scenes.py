@@ -1,4 +1,4 @@
-"""Scenes: three to six handwritten digits on a textured background, with masks.
+"""Scenes: three to eight handwritten digits on a textured background, with masks.
 
 A digit is 24 to 64 pixels large (the side of its 8 x 8 grid), a little turned, stretched and
 sheared, lighter than all that it lies on, and whole within the image. A later one may
@@ -22,8 +22,8 @@ from vitarium.data.digits import SPLITS, digits_of
 from vitarium.data.textures import Size, background, colour, luma, paint
 
 SMALLEST = 32  # side of an image, in pixels
-_LEAST, _MOST = 3, 6  # digits of a scene, where they find room
-_SIDES = (32.0, 64.0)  # of a digit's grid, in pixels
+_LEAST, _MOST = 3, 8  # digits of a scene, where they find room
+_SIDES = (24.0, 56.0)  # of a digit's grid, in pixels
 _GRID = 8
 _MARGIN = 2  # black pixels around the grid
 _STROKE = 0.42  # from this shade on, of 0 ... 1, a pixel belongs to the digit
