@@ -293,6 +293,7 @@ def test_launchers(embed, images, tmp_path, launcher):
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_two_ray_workers(embed, tmp_path, monkeypatch):
     pytest.importorskip("ray")
     monkeypatch.setenv("HOME", str(tmp_path))  # where Ray keeps a token
