@@ -48,7 +48,7 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=3, metavar="N")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    started, good = time.monotonic(), 0
+    started, good, killed = time.monotonic(), 0, 0
     rng = random.Random(0)
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
@@ -57,11 +57,11 @@ def main() -> int:
             if _run(_argv(root, root / f"whole-{kind}", kind, 0)):
                 sys.exit("the unbroken run fails")
         for index in range(args.rounds):
-            right, line = _round(root, index, args.kills, rng)
-            good += right
+            right, died, line = _round(root, index, args.kills, rng)
+            good, killed = good + right, killed + died
             print(f"round {index + 1:2}: {line}", flush=True)
     print(
-        f"{good} of {args.rounds} rounds right, {args.rounds * args.kills} processes killed; "
+        f"{good} of {args.rounds} rounds right, {killed} processes killed; "
         f"{time.monotonic() - started:.0f} s"
     )
     return int(good != args.rounds)
@@ -77,7 +77,8 @@ def _draw(folder: Path) -> None:
         (folder / f"bad{i}.jpg").write_bytes(b"no image")
 
 
-def _round(root: Path, index: int, kills: int, rng: random.Random) -> tuple[bool, str]:
+def _round(root: Path, index: int, kills: int, rng: random.Random) -> tuple[bool, int, str]:
+    """Whether all is right, how many processes died, and a line about it."""
     began = time.monotonic()
     kind = ("safetensors", "parquet")[index // 4 % 2]
     count, workers = 1 + index % 2, index // 2 % 2
@@ -88,12 +89,13 @@ def _round(root: Path, index: int, kills: int, rng: random.Random) -> tuple[bool
 
     processes = [start(rank) for rank in range(count)]
     there: list[int] = []
+    died = 0
     kept: dict[Path, tuple[int, int]] = {}
     for enough in sorted(rng.sample(range(_SHARDS), kills)):
         rank = rng.randrange(count)
         _until(out, enough, processes[rank])
         time.sleep(rng.uniform(0, 0.1))
-        _kill(processes[rank])
+        died += _kill(processes[rank])
         kept |= {path: _identity(path) for path in _shards(out)}
         there.append(len(kept))
         processes[rank] = start(rank)
@@ -111,11 +113,12 @@ def _round(root: Path, index: int, kills: int, rng: random.Random) -> tuple[bool
         != {path.name for path in whole.iterdir()},
     }
     wrong = [fault for fault, there_is in faults.items() if there_is]
-    return not wrong, (
+    line = (
         f"{'WRONG: ' + ', '.join(wrong) if wrong else 'right'}; {count} processes, {workers} "
         f"workers, {kind}; killed with {', '.join(map(str, there))} of {_SHARDS} shards there; "
         f"{len(names)} images once; {time.monotonic() - began:.1f} s"
     )
+    return not wrong, died, line
 
 
 def _start(
@@ -153,11 +156,13 @@ def _until(out: Path, shards: int, process: multiprocessing.process.BaseProcess)
         time.sleep(0.002)
 
 
-def _kill(process: multiprocessing.process.BaseProcess) -> None:
+def _kill(process: multiprocessing.process.BaseProcess) -> bool:
+    """Whether that was its end; it may have come to one of its own before."""
     assert process.pid is not None
     with suppress(ProcessLookupError):  # it had ended
         os.kill(process.pid, signal.SIGKILL)
     process.join()
+    return process.exitcode == -signal.SIGKILL
 
 
 def _wait(process: multiprocessing.process.BaseProcess) -> int | None:

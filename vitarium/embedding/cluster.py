@@ -12,7 +12,7 @@ from vitarium.embedding.embedder import Embedder, Progress, Settings
 _BLOCKS = 1000  # at the most, into which Ray Data cuts the list of shards
 
 
-class _Actor:
+class Actor:
     """One model, which makes the shards that Ray hands to it."""
 
     def __init__(self, settings: Settings) -> None:
@@ -85,7 +85,7 @@ def _map(settings: Settings, actors: int | None, shards: list[int], progress: Pr
         override_num_blocks=min(len(shards), _BLOCKS),
     )
     outcomes = rows.map(
-        _Actor,
+        Actor,
         fn_constructor_args=(replace(settings, workers=workers),),
         compute=ray.data.ActorPoolStrategy(size=count),
         num_cpus=min(1 + workers, share),

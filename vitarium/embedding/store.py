@@ -86,17 +86,18 @@ class Store:
             ValueError: it is another one, or the folder holds something else.
             OSError: the folder cannot be written.
         """
+        there = {x.name for x in self.folder.iterdir()} if self.folder.is_dir() else set()
+        others = there - {_CLAIMS, f"{_MANIFEST}.new"}
+        if others and _MANIFEST not in there:
+            raise ValueError(
+                f"--out: expected embeddings, or an empty folder, got {self.folder} with "
+                f"{min(others)}"
+            )
         claims = self.folder / _CLAIMS
         claims.mkdir(parents=True, exist_ok=True)
         path = self.folder / _MANIFEST
         with FileLock(claims / "manifest"):
             if not path.exists():
-                others = {x.name for x in self.folder.iterdir()} - {_CLAIMS, f"{_MANIFEST}.new"}
-                if others:
-                    raise ValueError(
-                        f"--out: expected embeddings, or an empty folder, got {self.folder} with "
-                        f"{min(others)}"
-                    )
                 _write(path, (json.dumps(self.manifest, indent=2) + "\n").encode())
             before = json.loads(path.read_text(encoding="utf-8"))
         self._compare(before)
