@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -45,12 +45,13 @@ _PEERS = {
 }
 
 
-def measure(console: Console, names: Sequence[str]) -> list[Row]:
+def measure(console: Console, names: Sequence[str], save: Callable[[list[Row]], None]) -> list[Row]:
     """Train each, one after the other, in a fresh process on one thread; print as they come.
 
     Args:
         console: where the table goes.
         names: models and globs; none for every ``*_atto`` of ours and two of timm's.
+        save: keeps the rows so far, after each training.
 
     Raises:
         ValueError: an unknown model.
@@ -63,6 +64,7 @@ def measure(console: Console, names: Sequence[str]) -> list[Row]:
     for shown, model in models.items():
         rows.append(_trained(shown, model))
         console.print(_line(rows[-1]))
+        save(rows)
     columns = ["", "M parameters", "top-1 %", "wrong of 360", "CPU s"]
     formats = {"param_count": ".2f", "top1": ".2f", "wrong": "d", "cpu_s": ".0f"}
     table = [
@@ -96,6 +98,7 @@ def _trained(shown: str, model: _Peer) -> Row:
         after = os.times()
         if done.returncode:
             raise RuntimeError(f"{' '.join(command)}: {done.stderr}")
+        epochs = load_config(out / "config.toml").schedule.epochs
         with (out / "log.csv").open(encoding="utf-8", newline="") as file:
             top1 = [
                 float(row["value"]) for row in csv.DictReader(file) if row["name"] == "val_top1"
