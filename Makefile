@@ -12,7 +12,7 @@ GPU_BENCH := $(GPU_PYTHON) -m vitarium_cli bench
 GPU_PLOT = $(shell $(GPU_PYTHON) -c 'import matplotlib' 2>/dev/null && echo --plot benchmarks)
 SANITIZER ?= compute-sanitizer
 
-.PHONY: demo test test-all lint bench weights gpu clean
+.PHONY: demo test test-all lint bench weights training gpu clean
 
 demo: $(STAMP)-demo
 	$(BIN)/vitarium demo
@@ -43,6 +43,13 @@ weights: $(STAMP)-dev
 	$(BIN)/python tests/download_storm.py
 	$(BIN)/python tests/checkpoint_mutations.py --count 2000
 	$(BIN)/vitarium bench convert
+
+training: $(STAMP)-dev
+	$(BIN)/python tests/train_storm.py
+	$(BIN)/python tests/embed_storm.py
+	$(BIN)/vitarium bench embed
+	$(BIN)/vitarium train upernet_nat_atto_digits --output $$(mktemp -d)/run
+	$(BIN)/vitarium bench digits --csv benchmarks/digits_cpu.csv --plot benchmarks
 
 # torch's cache of memory would hide what is read behind the end of a tensor
 gpu: $(if $(filter $(BIN)/python,$(GPU_PYTHON)),$(STAMP)-dev)
