@@ -563,7 +563,11 @@ def changed_entry(data: bytes, offset: int, value: bytes) -> bytes:
             "folders",
         ),
         (lambda data: edited(data, lambda n, x: [(n, x), ("y" + n, x)]), "folders"),
-        (lambda data: edited(data, lambda n, x: [(n, x + x * n.endswith("/0"))]), "Error|take"),
+        (
+            lambda data: edited(data, lambda n, x: [(n, x), (n + "/../../x", x)]),
+            "one of its records leads elsewhere",
+        ),
+        (lambda data: edited(data, lambda n, x: [(n, x + x * n.endswith("/0"))]), "take"),
         (
             lambda data: edited(data, lambda n, x: [(n, x)] + [(n + "0", x)] * n.endswith("/1")),
             "take",

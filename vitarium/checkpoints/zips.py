@@ -66,6 +66,8 @@ def check_zip(path: Path, payload: bool = True) -> Frame:
     members = {record.filename for record in records}
     if root + "data.pkl" not in members or not all(name.startswith(root) for name in members):
         raise CheckpointError("damaged: its records stand in several folders")
+    if any(".." in re.split(r"[/\\]", name) for name in names):
+        raise CheckpointError("damaged: the name of one of its records leads elsewhere")
     if len(names) != len(records) or any(x.filename != x.orig_filename for x in records):
         raise CheckpointError("damaged: two of its records have one name")
     pickle_offset = pickle_size = 0
