@@ -235,7 +235,7 @@ def _lay_out_imagenet(name: str, root: Path, source: Path, labels: str | None) -
 def _labels(path: Path) -> dict[str, str]:
     """Classes of validation images by their names, from Kaggle's table or the devkit's list."""
     lines = path.read_text(encoding="utf-8").split("\n")
-    found = dict(match.groups() for match in map(_LABEL.match, lines) if match)
+    found = {match[1]: match[2] for match in map(_LABEL.match, lines) if match}
     if found:
         return found
     numbers = [int(line) for line in lines if line.strip().isdecimal()]

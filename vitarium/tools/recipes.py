@@ -101,8 +101,14 @@ def generate() -> dict[Path, str]:
 
 def recipes() -> Iterator[Recipe]:
     """All of them, each family's smallest model first."""
-    yield from _classifiers()
-    yield from _ade20k()
+    yield from _nat_classifiers()
+    yield from _biformer_classifiers()
+    yield from _agent_classifiers()
+    yield from _fused_classifiers()
+    yield from _nat_segmenters()
+    yield from _biformer_segmenters()
+    yield from _agent_segmenters()
+    yield from _fused_segmenters()
     yield from _cityscapes()
     yield from _probes()
 
@@ -124,8 +130,7 @@ _IMAGENET: _Settings = {
 }
 
 
-def _classifiers() -> Iterator[Recipe]:
-    """ImageNet-1K at the size of the first release, from scratch where that was published."""
+def _nat_classifiers() -> Iterator[Recipe]:
     shi = {
         "augment": {"interpolation": "random"},
         "optimizer": {"clip_grad": 5.0},
@@ -157,7 +162,9 @@ def _classifiers() -> Iterator[Recipe]:
         tag = f"{entry}.shi_in22k_ft_in1k"
         yield _classifier(tag, 0.35, source, (_GPUS,), shi, fine_tuning, start)
 
-    biformer = {"data": {"repeats": 3}, "schedule": {"warmup_epochs": 5}}
+
+def _biformer_classifiers() -> Iterator[Recipe]:
+    settings = {"data": {"repeats": 3}, "schedule": {"warmup_epochs": 5}}
     for entry, drop_path, note in (
         ("biformer_tiny", 0.1, (_DROP_PATH,)),
         ("biformer_small", 0.15, ()),
@@ -168,32 +175,37 @@ def _classifiers() -> Iterator[Recipe]:
         source = f"{_BIFORMER}, README, configs/train_args.yaml, scripts/train.sh"
         average = "no averaged weights, which theirs keep but do not report"
         differs = (_BF16, average, *note)
-        yield _classifier(f"{entry}.rayleizhu_in1k", drop_path, source, differs, biformer)
+        yield _classifier(f"{entry}.rayleizhu_in1k", drop_path, source, differs, settings)
 
+
+def _agent_classifiers() -> Iterator[Recipe]:
     fp32 = {"train": {"precision": "fp32"}}
     half = {"train": {"batch_size": 64}}
     clip = {"optimizer": {"clip_grad": 5.0}}
     later = {"schedule": {"warmup_lr": 2e-6, "min_lr": 2e-5, "cooldown_epochs": 10}}
     pvt = {"schedule": {"warmup_epochs": 5}}
     heavier = {"optimizer": {"weight_decay": 0.1}}
-    for entry, file, drop_path, *own in (
-        ("agent_deit_tiny", "deit_t", 0.0, clip, {"train": {"batch_size": 512}}),
-        ("agent_deit_small", "deit_s", 0.1, clip),
-        ("agent_deit_base", "deit_b", 0.3, clip),
-        ("agent_pvt_tiny", "pvt_t", 0.1, later, pvt),
-        ("agent_pvt_small", "pvt_s", 0.1, later, pvt),
-        ("agent_pvt_medium", "pvt_m", 0.3, later, pvt, {"optimizer": {"clip_grad": 1.0}}),
-        ("agent_pvt_large", "pvt_b", 0.3, later, pvt, {"optimizer": {"clip_grad": 1.0}}, half),
-        ("agent_swin_tiny", "swin_t", 0.2, clip),
-        ("agent_swin_small", "swin_s", 0.3, clip),
-        ("agent_swin_base", "swin_b", 0.5, clip, half),
-        ("agent_cswin_tiny", "cswin_t", 0.2, later, {"ema": {"decay": 0.99984}}),
-        ("agent_cswin_small", "cswin_s", 0.4, later, {"ema": {"decay": 0.99984}}),
-        ("agent_cswin_base", "cswin_b", 0.5, later, {"ema": {"decay": 0.99992}}, half, heavier),
-    ):
+    rows: tuple[tuple[str, str, float, tuple[_Settings, ...]], ...] = (
+        ("agent_deit_tiny", "deit_t", 0.0, (clip, {"train": {"batch_size": 512}})),
+        ("agent_deit_small", "deit_s", 0.1, (clip,)),
+        ("agent_deit_base", "deit_b", 0.3, (clip,)),
+        ("agent_pvt_tiny", "pvt_t", 0.1, (later, pvt)),
+        ("agent_pvt_small", "pvt_s", 0.1, (later, pvt)),
+        ("agent_pvt_medium", "pvt_m", 0.3, (later, pvt, {"optimizer": {"clip_grad": 1.0}})),
+        ("agent_pvt_large", "pvt_b", 0.3, (later, pvt, {"optimizer": {"clip_grad": 1.0}}, half)),
+        ("agent_swin_tiny", "swin_t", 0.2, (clip,)),
+        ("agent_swin_small", "swin_s", 0.3, (clip,)),
+        ("agent_swin_base", "swin_b", 0.5, (clip, half)),
+        ("agent_cswin_tiny", "cswin_t", 0.2, (later, {"ema": {"decay": 0.99984}})),
+        ("agent_cswin_small", "cswin_s", 0.4, (later, {"ema": {"decay": 0.99984}})),
+        ("agent_cswin_base", "cswin_b", 0.5, (later, {"ema": {"decay": 0.99992}}, half, heavier)),
+    )
+    for entry, file, drop_path, own in rows:
         source = f"{_AGENT}, agent_transformer: README, config.py, cfgs/agent_{file}.yaml"
         yield _classifier(f"{entry}.leaplab_in1k", drop_path, source, (), fp32, *own)
 
+
+def _fused_classifiers() -> Iterator[Recipe]:
     swin = {"optimizer": {"clip_grad": 5.0}, "schedule": {"warmup_prefix": True}}
     large = {"data": {"image_size": 256}}
     for size, drop_path in (("tiny", 0.2), ("small", 0.3), ("base", 0.5)):
@@ -233,7 +245,7 @@ def _classifier(
     )
 
 
-_PAIRS: _Settings = {
+_MAPS: _Settings = {
     "task": "segmentation",
     "model": {"name": "", "pretrained": True, "kwargs": {"task": "seg"}},
     "augment": {"scale": [0.5, 2.0], "category_max": 0.75, "photometric": True},
@@ -241,6 +253,7 @@ _PAIRS: _Settings = {
     "schedule": {"name": "poly"},
     "train": {"batch_size": 2, "precision": "fp32", "sync_batchnorm": True},
 }
+_TITLES = {"upernet": "UPerNet", "semantic_fpn": "Semantic FPN"}
 _UPERNET: _Settings = {
     "head": {"name": "upernet"},
     "optimizer": {"lr": 6e-5, "weight_decay": 0.01},
@@ -258,9 +271,14 @@ _ADE20K: _Settings = {
 }
 
 
-def _ade20k() -> Iterator[Recipe]:
-    """UPerNet and Semantic FPN with the decoders' published settings for ADE20K."""
-    bf16 = {"train": {"precision": "bf16"}}
+_FPN: _Settings = {
+    "head": {"name": "semantic_fpn"},
+    "optimizer": {"lr": 2e-4, "weight_decay": 1e-4},
+}
+_IN_BF16: _Settings = {"train": {"precision": "bf16"}}
+
+
+def _nat_segmenters() -> Iterator[Recipe]:
     for entry, drop_path in (
         *(("nat_mini", 0.2), ("nat_tiny", 0.3), ("nat_small", 0.5), ("nat_base", 0.5)),
         *(("dinat_mini", 0.2), ("dinat_tiny", 0.3), ("dinat_small", 0.5), ("dinat_base", 0.5)),
@@ -269,7 +287,7 @@ def _ade20k() -> Iterator[Recipe]:
         family = entry.rpartition("_")[0]
         file = f"segmentation/configs/{family}/upernet_{entry}_512x512_160k_ade20k.py"
         tag = f"{entry}.shi_upernet_160k_ade20k"
-        yield _segmenter(tag, drop_path, f"{_NAT}, {file}", (_BF16, _BIASES), bf16)
+        yield _segmenter(tag, drop_path, f"{_NAT}, {file}", (_BF16, _BIASES), _IN_BF16)
     larger = {"data": {"image_size": 640}, "augment": {"resize": [640, 2560]}}
     for entry in ("dinat_large", "dinat_s_large"):
         family = entry.rpartition("_")[0]
@@ -279,13 +297,10 @@ def _ade20k() -> Iterator[Recipe]:
         tag = f"{entry}.shi_upernet_160k_ade20k"
         yield _segmenter(tag, 0.3, f"{_NAT}, {file}", (size, _BIASES), larger, start)
 
-    fpn = {
-        "head": {"name": "semantic_fpn"},
-        "optimizer": {"lr": 2e-4, "weight_decay": 1e-4},
-        "schedule": {"updates": 80000},
-    }
+
+def _biformer_segmenters() -> Iterator[Recipe]:
     cosine = {
-        "schedule": {"name": "cosine", "warmup_updates": 1000}
+        "schedule": {"name": "cosine", "updates": 80000, "warmup_updates": 1000}
         | {"warmup_lr": 2e-5, "min_lr": 2e-12},
         "train": {"batch_size": 4},
     }
@@ -294,13 +309,15 @@ def _ade20k() -> Iterator[Recipe]:
         file = f"semantic_segmentation/configs/ade20k/sfpn.biformer_{size}.py"
         tag = f"biformer_{size}.rayleizhu_semantic_fpn_80k_ade20k"
         differs = (_BF16, _NORMS, aligned)
-        yield _segmenter(tag, narrow, f"{_BIFORMER}, {file}", differs, fpn, cosine, bf16)
+        yield _segmenter(tag, narrow, f"{_BIFORMER}, {file}", differs, _FPN, cosine, _IN_BF16)
         file = f"semantic_segmentation/configs/ade20k/upernet.biformer_{size}.py"
         tag = f"biformer_{size}.rayleizhu_upernet_160k_ade20k"
         length = "its schedule file is not in the repository: 160000 updates by its name"
         differs = (_BF16, _BIASES, length)
-        yield _segmenter(tag, wide, f"{_BIFORMER}, {file}", differs, bf16)
+        yield _segmenter(tag, wide, f"{_BIFORMER}, {file}", differs, _IN_BF16)
 
+
+def _agent_segmenters() -> Iterator[Recipe]:
     folder = "downstream/segmentation/configs"
     for size, drop_path in (("tiny", 0.3), ("small", 0.3), ("base", 0.5)):
         file = f"{folder}/agent_swin/upernet_agent_swin_{size[0]}_9-12-14-7.py"
@@ -310,8 +327,10 @@ def _ade20k() -> Iterator[Recipe]:
     for size, drop_path in (("tiny", 0.1), ("small", 0.1), ("medium", 0.2), ("large", 0.1)):
         file = f"{folder}/agent_pvt/fpn_agent_pvt_{size[0]}_12-16-28-28.py"
         tag = f"agent_pvt_{size}.leaplab_semantic_fpn_40k_ade20k"
-        yield _segmenter(tag, drop_path, f"{_AGENT}, {file}", (_NORMS,), fpn, power)
+        yield _segmenter(tag, drop_path, f"{_AGENT}, {file}", (_NORMS,), _FPN, power)
 
+
+def _fused_segmenters() -> Iterator[Recipe]:
     for size in ("tiny", "small", "base"):
         name = f"swin_{size}_patch4_window7"
         file = f"configs/swin/upernet_{name}_512x512_160k_ade20k.py"
@@ -322,8 +341,8 @@ def _ade20k() -> Iterator[Recipe]:
     for size in ("tiny", "small", "base"):
         file = "mmseg/configs/upernet_davit_512x512_160k_ade20k.py"
         tag = f"fused_davit_{size}.dingmyu_upernet_160k_ade20k"
-        differs = (_NORMS,) if size == "tiny" else (_NORMS, "the file is DaViT-Tiny's")
-        yield _segmenter(tag, 0.3, f"{_DAVIT}, {file}", differs, local)
+        other = () if size == "tiny" else ("the file is DaViT-Tiny's",)
+        yield _segmenter(tag, 0.3, f"{_DAVIT}, {file}", (_NORMS, *other), local)
 
 
 def _segmenter(
@@ -335,7 +354,7 @@ def _segmenter(
     head = "semantic_fpn" if "_semantic_fpn_" in tag else "upernet"
     model = {"model": {"name": entry, "drop_path_rate": drop_path}}
     base = _UPERNET if head == "upernet" else {}
-    found = _merged(_PAIRS, _ADE20K, model, base, *settings)
+    found = _merged(_MAPS, _ADE20K, model, base, *settings)
     results = ", ".join(f"{name} {value}" for name, value in row["metrics"].items())
     return Recipe(
         name=f"{head}_{entry}_ade20k",
@@ -345,9 +364,6 @@ def _segmenter(
         differs=differs,
         settings=_with_intervals(found, images=20210),
     )
-
-
-_TITLES = {"upernet": "UPerNet", "semantic_fpn": "Semantic FPN"}
 
 
 def _cityscapes() -> Iterator[Recipe]:
@@ -373,7 +389,7 @@ def _cityscapes() -> Iterator[Recipe]:
             f"upernet_{entry}_ade20k.toml for the rest",
             differs=(_BIASES,),
             gpus=4,
-            settings=_with_intervals(_merged(_PAIRS, _UPERNET, model, city), images=2975, gpus=4),
+            settings=_with_intervals(_merged(_MAPS, _UPERNET, model, city), images=2975, gpus=4),
         )
 
 
