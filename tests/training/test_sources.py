@@ -39,7 +39,7 @@ def offline(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def places(colours, tmp_path_factory) -> dict[str, Path]:
-    """The colours as an image folder, as Parquet, saved on the disk, and as shards of a tar each."""
+    """The colours as an image folder, as Parquet, saved on the disk, and as shards."""
     datasets = pytest.importorskip("datasets")
     base = tmp_path_factory.mktemp("places")
     classes = sorted(os.listdir(colours / "train"))
@@ -282,16 +282,18 @@ def test_cifar10(make_config, tmp_path, monkeypatch):
     assert (image.getpixel((0, 0)), number) == ((200, 200, 200), 5)
 
 
-def test_what_torchvision_is_not_asked(make_config, torchvision_root, tmp_path, colours):
-    root = str(torchvision_root)
-    with pytest.raises(ValueError, match=r"data.train: expected one of train, .*, got 'trian'"):
-        changed = make_config(
-            data__source="torchvision/mnist", data__root=root, data__train="trian"
+def test_what_torchvision_is_not_asked(make_config, torchvision_root, tmp_path):
+    mnist, cifar = (
+        make_config(data__source=f"torchvision/{name}", data__root=str(root), data__train=split)
+        for name, root, split in (
+            ("mnist", torchvision_root, "trian"),
+            ("cifar10", tmp_path, "train"),
         )
-        open_sources(changed.data, segmentation=False)
+    )
+    with pytest.raises(ValueError, match=r"data.train: expected one of train, .*, got 'trian'"):
+        open_sources(mnist.data, segmentation=False)
     with pytest.raises(ValueError, match="data.source: torchvision/cifar10: Dataset not found"):
-        config = make_config(data__source="torchvision/cifar10", data__root=str(tmp_path))
-        open_sources(config.data, segmentation=False)
+        open_sources(cifar.data, segmentation=False)
     for split in COUNTS:
         (tmp_path / split / "red").mkdir(parents=True)
         (tmp_path / split / "red" / "0.png").write_bytes(b"no image")

@@ -89,6 +89,7 @@ def test_an_image_and_its_map_move_together(size):
         # Away from edges between numbers, which only the image's interpolation blurs.
         steady = torch.nn.functional.max_pool2d(labels[None].float(), 5, 1, 2)[0] == labels
         steady &= -torch.nn.functional.max_pool2d(-labels[None].float(), 5, 1, 2)[0] == labels
+        steady[:3] = steady[-3:] = steady[:, :3] = steady[:, -3:] = False  # what lies beyond?
         found = (255 * pixels[0]).round().long()
         assert torch.equal(found[steady & inside], labels[steady & inside])
         assert (steady & inside).sum() > 20
@@ -130,7 +131,7 @@ def test_the_longer_side_is_bounded_too():
     "changes",
     [
         {"augment": {"resize": [32, 64]}},
-        {"head": {"channels": 8, "predict": "slide", "stride": [20, 20], "norm": "groupnorm"}},
+        {"head": {"channels": 8, "predict": "slide", "stride": [20, 20], "norm": "layernorm2d"}},
         {"head": {"channels": 8, "class_weight": [0.5, 2.0], "dice_weight": 1.0}},
     ],
     ids=["scaled", "slide", "weights"],
@@ -251,7 +252,7 @@ def test_the_average_is_timms(warmup):
     ours = Average(model, 0.7, warmup)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     for update in range(1, 7):
-        model(torch.randn(5, 3)).square().sum().backward()
+        (model(torch.randn(5, 3)) * torch.randn(5, 4)).sum().backward()
         optimizer.step()
         optimizer.zero_grad()
         theirs.update(model, step=update)

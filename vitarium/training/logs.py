@@ -123,8 +123,9 @@ class Log:
         for update, name, why in failures:
             if name not in self._named:
                 self._named.add(name)
+                name, why = (x if x.isprintable() else repr(x)[1:-1] for x in (name, why))
                 self._say(f"cannot be read: {name}: {why}")
-                if self._folder is not None:
+                if self._folder is not None:  # one line, whatever a file's name may be
                     self._folder.unreadable(update, name, why)
 
     def finite(self) -> bool:

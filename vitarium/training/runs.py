@@ -105,11 +105,8 @@ class RunFolder:
         self._append(_LOG, row)
 
     def unreadable(self, update: int, name: str, why: str) -> None:
-        """Write down an image that could not be read, whatever its name, in one line."""
-        image, reason = (
-            repr(text)[1:-1] if not text.isprintable() else text for text in (name, why)
-        )
-        self._append(_UNREADABLE, {"update": update, "image": image, "reason": reason})
+        """Write down an image that could not be read."""
+        self._append(_UNREADABLE, {"update": update, "image": name, "reason": why})
 
     def _append(self, name: str, row: Mapping[str, Any]) -> None:
         path = self.path / name
