@@ -27,6 +27,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import redirect_stderr
 from pathlib import Path
 
 import torch
@@ -75,6 +76,9 @@ _SHARED = """
 [model]
 name = "test_vit"
 kwargs = {{ img_size = 32 }}
+[augment]
+scale = [0.8, 1.0]
+hflip = 0.0
 [train]
 batch_size = {batch}
 accumulation = {accumulation}
@@ -95,7 +99,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         good = _killed(folder, args.kills, args.updates, random.Random(seed))
-        good &= _shared(folder, args.updates // 2)
+        good &= _shared(folder, args.updates)
     print("all right" if good else f"WRONG (seed {seed})")
     return int(not good)
 
@@ -149,7 +153,12 @@ def _shared(folder: Path, updates: int) -> bool:
     two = _train(folder / "two.toml", folder / "two", processes=2)
     assert two.wait(_PATIENCE) == 0
     for name in ("large", "accumulated"):
-        with Engine(load_config(folder / f"{name}.toml"), "cpu") as engine:
+        said = (folder / f"{name}.txt").open("w")
+        with (
+            said,
+            redirect_stderr(said),
+            Engine(load_config(folder / f"{name}.toml"), "cpu") as engine,
+        ):
             engine.train(folder / name)
     curves = [
         [float(row[3]) for row in _rows(folder / name) if row[2] == "loss"] for name in layouts

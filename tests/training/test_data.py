@@ -11,8 +11,16 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.utils.data._utils.pin_memory import pin_memory
 
-from vitarium.training.data import Layout, order, seeded, training_batches, validation_batches
+from vitarium.training.data import (
+    Batch,
+    Layout,
+    order,
+    seeded,
+    training_batches,
+    validation_batches,
+)
 from vitarium.training.sources import Source, Stream, UnreadableError, open_sources
 
 
@@ -223,3 +231,29 @@ def test_folders(make_config, colours, tmp_path):
 def test_sources_that_are_not_there(make_config, changes, message):
     with pytest.raises(ValueError, match=message):
         open_sources(make_config(**changes).data, segmentation=False)
+
+
+def test_a_place_decides_for_every_generator_and_leaves_them(monkeypatch):
+    def drawn():
+        return float(torch.rand(())), float(np.random.rand()), random.random()
+
+    before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()
+    with seeded(1, 2, 3):
+        found = drawn()
+        with seeded(4, 5, 6):
+            drawn()
+        drawn()
+    with seeded(1, 2, 3):
+        assert drawn() == found
+    assert random.getstate() == before[0]
+    assert np.random.get_state()[1].tolist() == before[1]
+    assert torch.equal(torch.get_rng_state(), before[2])
+
+
+def test_batches_are_pinned_whole(monkeypatch):
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self + 1)
+    batch = Batch(torch.zeros(2, 3, 4, 4), torch.zeros(2, dtype=torch.long), (("x", "why"),))
+    pinned = pin_memory(batch)
+    assert pinned.images.sum() == 96
+    assert pinned.targets.sum() == 2
+    assert pinned.failures == batch.failures

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,7 @@ from safetensors.torch import load_file
 from vitarium.training.data import Layout
 from vitarium.training.engine import Engine, create_optimizer, create_scheduler, run_length
 from vitarium.training.snapshots import Snapshots
+from vitarium.training.states import restore
 from vitarium.training.toml import dump_config
 
 pytest.importorskip("accelerate")
@@ -266,15 +269,20 @@ with Engine(load_config(sys.argv[1]), "cpu") as engine:
 """
 
 
-def launch(config, folder, *args, processes=2):
-    """Train in processes of torchrun's."""
+def prepare(config, folder, *args, processes=2):
+    """What trains in processes of torchrun's: command and environment."""
     folder.mkdir(exist_ok=True)
     (folder / "config.toml").write_text(dump_config(config))
     (folder / "launch.py").write_text(LAUNCH)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += ["--nproc_per_node", str(processes), str(folder / "launch.py")]
     command += [str(folder / "config.toml"), str(folder / "run"), *args]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return command, {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def launch(config, folder, *args, processes=2):
+    """Train in processes of torchrun's."""
+    command, environment = prepare(config, folder, *args, processes=processes)
     result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
     assert result.returncode == 0, result.stderr
     return folder / "run"
@@ -294,3 +302,129 @@ def test_two_processes_equal_one_that_accumulates(make_config, tmp_path, paralle
             torch.testing.assert_close(b[name], a[name], atol=1e-5, rtol=1e-4)
     again = launch(make_config(train__parallel=parallel, **changes), tmp_path / "two", "--resume")
     assert again == together
+
+
+def test_two_processes_agree_on_statistics_and_names(make_config, colours, tmp_path):
+    """Batch norms see other images in each process; what any cannot read, the main one tells."""
+    root = tmp_path / "data"
+    shutil.copytree(colours, root)
+    bad = [root / "train" / "green" / "1.png", root / "val" / "blue" / "1.png"]  # the second's
+    for path in bad:
+        path.write_bytes(path.read_bytes()[:100])
+    changes = {"model__name": "test_resnet", "model__kwargs": {}, "data__root": str(root)}
+    changes |= {"schedule__updates": 6, "train__batch_size": 2}
+    together = launch(make_config(**changes), tmp_path / "two")
+    rows = (together / "unreadable.csv").read_text().splitlines()
+    assert {row.split(",")[1] for row in rows[1:]} == {*map(str, bad)}
+    log = [line.split(",") for line in (together / "log.csv").read_text().splitlines()]
+    measures = {name: float(value) for _, _, name, value in log[-4:]}
+    with Engine(make_config(**changes), "cpu") as engine:
+        engine.load(together / "last.safetensors")
+        for name, value in engine.test().items():
+            assert measures[f"val_{name}"] == pytest.approx(value, rel=1e-5)
+    with pytest.raises(ValueError, match="takes 4 images a step, these processes take 2"):
+        run(make_config(**changes), together, resume=True)
+    run(make_config(**changes, train__accumulation=2), together, resume=True)
+
+
+def test_a_process_without_images_to_validate(make_config, colours, tmp_path):
+    root = tmp_path / "data"
+    shutil.copytree(colours / "train", root / "train")
+    (root / "val" / "red").mkdir(parents=True)
+    shutil.copy(colours / "val" / "red" / "0.png", root / "val" / "red")
+    changes = {"data__root": str(root), "schedule__updates": 1, "train__batch_size": 2}
+    together = launch(make_config(**changes), tmp_path / "two")
+    assert "val_images,1\n" in (together / "log.csv").read_text()
+
+
+@pytest.mark.slow
+def test_sigterm_of_torchrun_leaves_a_snapshot(make_config, tmp_path):
+    """torchrun passes it on to the processes' groups, so the loader's workers get it too."""
+    changes = {"schedule__updates": 100000, "train__checkpoint_every": 100000}
+    changes |= {"data__workers": 1, "train__batch_size": 2, "train__validate_every": 1e9}
+    command, environment = prepare(make_config(**changes), tmp_path, processes=2)
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
+    deadline = time.monotonic() + 300
+    while not (tmp_path / "run" / "log.csv").exists() and process.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.terminate()
+    _, err = process.communicate(timeout=300)
+    assert err.count("KeyboardInterrupt: interrupted after update") == 2
+    assert "DataLoader worker" not in err
+    assert len([*(tmp_path / "run" / "snapshots").glob("step-*.pt")]) == 1
+
+
+def test_weights_that_are_lost_before_any_loss_shows_it(make_config, tmp_path, monkeypatch):
+    step = Engine._step
+
+    def poisoned(self, module, optimizer, batches, update, log):
+        losses = step(self, module, optimizer, batches, update, log)
+        if update == 3:
+            next(module.parameters()).data.fill_(float("nan"))
+        return losses
+
+    monkeypatch.setattr(Engine, "_step", poisoned)
+    with pytest.raises(ValueError, match="expected a finite number, and finite weights"):
+        run(make_config(), tmp_path / "run")
+    assert {path.name for path in (tmp_path / "run" / "snapshots").iterdir()} == {
+        "step-000000002.pt"
+    }
+
+
+def test_what_a_killed_process_left_is_removed(tmp_path):
+    snapshots = Snapshots(tmp_path, keep=2)
+    (tmp_path / "step-000000003.pt.new").write_bytes(b"half")
+    snapshots.save(4, {"update": 4})
+    assert [path.name for path in tmp_path.iterdir()] == ["step-000000004.pt"]
+
+
+def test_another_engine_may_follow_one_that_failed(make_config):
+    with pytest.raises(ValueError, match="test_vitt"):
+        Engine(make_config(model__name="test_vitt"), "cpu")
+    assert not torch.are_deterministic_algorithms_enabled()
+    with Engine(make_config(train__precision="bf16", deterministic=False), "cpu") as engine:
+        assert engine.test()["images"] == 15
+
+
+def test_no_worker_outlives_an_error(make_config, tmp_path):
+    before = multiprocessing.active_children()
+    with pytest.raises(ValueError, match="expected a finite number") as error:
+        run(make_config(data__workers=2, optimizer__lr=1e30), tmp_path / "run")
+    assert error.tb is not None  # whose frames hold all that was there
+    assert multiprocessing.active_children() == before
+
+
+OPTIMIZERS = ("lamb", "lars", "muon", "adafactor", "lion", "sgd", "adopt")
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_any_optimizer_goes_on_where_it_was(make_config, tmp_path, name):
+    """Snapshots are tensors and plain data, read with weights_only, whoever made them."""
+    config = make_config(optimizer__name=name, optimizer__clip_grad=None)
+    torch.manual_seed(0)
+    images = torch.randn(4, 3)
+
+    def fresh():
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Linear(3, 8), torch.nn.LayerNorm(8))
+        return model, create_optimizer(config, model, images=4)
+
+    def steps(model, optimizer, count):
+        for _ in range(count):
+            optimizer.zero_grad()
+            model(images).pow(3).sum().backward()
+            optimizer.step()
+
+    model, optimizer = fresh()
+    steps(model, optimizer, 2)
+    snapshots = Snapshots(tmp_path, keep=1)
+    snapshots.save(2, {"model": model.state_dict(), "optimizer": optimizer.state_dict()})
+    other, another = fresh()
+    found = snapshots.newest()
+    restore(other, another, found["model"], found["optimizer"])
+    steps(model, optimizer, 3)
+    steps(other, another, 3)
+    assert all(
+        torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True)
+    )
