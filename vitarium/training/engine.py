@@ -351,8 +351,8 @@ class Engine:
         finite = log.finite() and bool(torch.stack([x.isfinite().all() for x in values]).all())
         if self._any(not finite):
             raise ValueError(
-                "loss: expected a finite number, and finite weights, got others; lower optimizer.lr, "
-                "or use bf16 or fp32"
+                "loss: expected a finite number, and finite weights, got others; lower "
+                "optimizer.lr, or use bf16 or fp32"
             )
 
     def _together(self, batches: Iterator[Batch]) -> Iterator[Batch]:
