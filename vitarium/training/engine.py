@@ -19,6 +19,7 @@ from timm.scheduler.scheduler import Scheduler
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
@@ -347,8 +348,9 @@ class Engine:
 
     def _require_finite(self, log: Log) -> None:
         """Refuse to validate or keep weights that are lost, even where no loss shows it yet."""
-        values = [x for x in model_state(self._trained).values() if x.is_floating_point()]
-        finite = log.finite() and bool(torch.stack([x.isfinite().all() for x in values]).all())
+        values = self._trained.state_dict().values()
+        parts = [x.to_local() if isinstance(x, DTensor) else x for x in values]
+        finite = log.finite() and bool(torch.stack([x.isfinite().all() for x in parts]).all())
         if self._any(not finite):
             raise ValueError(
                 "loss: expected a finite number, and finite weights, got others; lower "
