@@ -230,6 +230,8 @@ def test_unwrap_obeys_a_given_wrapper():
         ({"model": {}}, "empty"),
         ({"a": torch.zeros(1), "b": 3}, "int at 'b'"),
         ({0: torch.zeros(1)}, "at 0"),
+        ({"a\x1b[31m": torch.zeros(1)}, r"can be printed, got 'a\\x1b\[31m'"),
+        ({"\ud800": torch.zeros(1)}, r"can be printed, got '\\ud800'"),
         ({"a": torch.eye(2).to_sparse()}, "sparse"),
         ({"a": torch.nested.nested_tensor([torch.ones(2)])}, "nested"),
         ({"a": torch.ones(1, dtype=torch.uint8).view(torch.bits8)}, r"got torch\.bits8 in a"),

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from vitarium.checkpoints import disk
 from vitarium.tools import data
 from vitarium.training.config import DataConfig
 from vitarium.training.sources import open_sources
@@ -175,7 +176,7 @@ def test_a_map_that_cannot_be_written_leaves_nothing(program, tmp_path, monkeypa
     def full(path):
         raise OSError(28, "No space left on device", str(path))
 
-    monkeypatch.setattr(data, "sync", full)
+    monkeypatch.setattr(disk, "sync", full)
     before = tree(tmp_path)
     result = program("data", "layout", "cityscapes", tmp_path)
     assert result.status == 1

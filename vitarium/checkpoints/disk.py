@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import os
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -42,3 +43,18 @@ def rename(temporary: Path, path: Path) -> None:
                 os.fsync(folder)
         finally:
             os.close(folder)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary name, ``<path>.new``, whose file takes the place of ``path`` in the end.
+
+    It is brought to the disk first; after an exception it is gone, and ``path`` is what it was.
+    """
+    temporary = path.with_name(path.name + ".new")
+    try:
+        yield temporary
+        sync(temporary)
+        rename(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

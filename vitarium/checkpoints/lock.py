@@ -12,7 +12,7 @@ from typing import Any
 
 from filelock import FileLock
 
-from vitarium.checkpoints.disk import rename
+from vitarium.checkpoints.disk import replacing
 from vitarium.checkpoints.errors import CheckpointError
 
 _NAME = "vitarium.lock.json"
@@ -107,12 +107,6 @@ def _parsed(url: str, entry: Any) -> Record:
 
 def _write(file: Path, records: dict[str, Record]) -> None:
     content = {"version": _VERSION, "files": {url: asdict(entry) for url, entry in records.items()}}
-    temporary = file.with_name(file.name + ".new")
-    try:
-        with temporary.open("w", encoding="utf-8", newline="\n") as output:
-            output.write(json.dumps(content, indent=2, sort_keys=True) + "\n")
-            output.flush()
-            os.fsync(output.fileno())
-        rename(temporary, file)
-    finally:
-        temporary.unlink(missing_ok=True)
+    text = json.dumps(content, indent=2, sort_keys=True) + "\n"
+    with replacing(file) as temporary:
+        temporary.write_text(text, encoding="utf-8", newline="\n")

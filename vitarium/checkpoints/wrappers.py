@@ -101,6 +101,10 @@ def _tensors(obj: Any) -> dict[str, Tensor]:
                 f"expected tensors by name, got {type(value).__name__} at {name!r:.200} among "
                 f"{len(obj)} entries"
             )
+        if not name.isprintable():  # as the names of attributes are, and a terminal obeys others
+            raise CheckpointError(
+                f"expected names of tensors that can be printed, got {name!a:.200}"
+            )
         if value.layout is not torch.strided or value.is_quantized or value.is_nested:
             raise CheckpointError(
                 f"expected dense tensors, got a sparse, quantized or nested {name}"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import warnings
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -19,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from vitarium.checkpoints.disk import rename
+from vitarium.checkpoints.disk import replacing
 
 FORMATS = ("safetensors", "parquet")
 _MANIFEST = "manifest.json"
@@ -192,17 +191,11 @@ def _flat(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _write(path: Path, content: bytes | memoryview) -> None:
-    temporary = path.with_name(path.name + ".new")
     try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        rename(temporary, path)
+        with replacing(path) as temporary:
+            temporary.write_bytes(content)
     except OSError as error:  # that of a full disk names no file
         raise OSError(error.errno, f"cannot be written: {error.strerror}", str(path)) from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _safetensors(shard: Shard, facts: Mapping[str, Any]) -> bytes:

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from vitarium.checkpoints.disk import rename, sync
+from vitarium.checkpoints.disk import replacing
 
 _LABEL = re.compile(r"(ILSVRC2012_val_\d{8})\D.*?(n\d{8})")
 _IMAGENET = "https://image-net.org/download.php (account)"
@@ -275,17 +275,8 @@ def _lay_out_cityscapes(name: str, root: Path, source: Path, labels: str | None)
                         raise ValueError(f"{ids}: expected 8 bits a pixel, got {image.mode}")
                     numbers = table[np.asarray(image)]
                 target.parent.mkdir(parents=True, exist_ok=True)
-                _save(Image.fromarray(numbers), target)
-
-
-def _save(image: Image.Image, path: Path) -> None:
-    temporary = path.with_name(path.name + ".new")
-    try:
-        image.save(temporary, format="PNG")
-        sync(temporary)
-        rename(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+                with replacing(target) as temporary:
+                    Image.fromarray(numbers).save(temporary, format="PNG")
 
 
 _LAYOUTS: Mapping[str, Callable[[str, Path, Path, str | None], None]] = {

@@ -19,6 +19,7 @@ from timm.scheduler.scheduler import Scheduler
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
@@ -28,7 +29,7 @@ from vitarium.training.data import Batch, Layout, seeded_step, training_batches,
 from vitarium.training.logs import Log
 from vitarium.training.runs import RunFolder
 from vitarium.training.sources import Source
-from vitarium.training.states import Average, local, model_state, optimizer_state, restore, shard
+from vitarium.training.states import Average, model_state, optimizer_state, restore, shard
 from vitarium.training.tasks import Task, create_task
 
 _PRECISIONS = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
@@ -347,9 +348,10 @@ class Engine:
 
     def _require_finite(self, log: Log) -> None:
         """Refuse to validate or keep weights that are lost, even where no loss shows it yet."""
-        values = (local(x) for x in self._trained.state_dict().values())
-        finite = torch.stack([x.isfinite().all() for x in values if x.is_floating_point()]).all()
-        if self._any(not (log.finite() and bool(finite))):
+        values = self._trained.state_dict().values()
+        parts = [x.to_local() if isinstance(x, DTensor) else x for x in values]
+        finite = log.finite() and bool(torch.stack([x.isfinite().all() for x in parts]).all())
+        if self._any(not finite):
             raise ValueError(
                 "loss: expected a finite number, and finite weights, got others; lower "
                 "optimizer.lr, or use bf16 or fp32"

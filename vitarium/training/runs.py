@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import vitarium
-from vitarium.checkpoints.disk import rename, sync
+from vitarium.checkpoints.disk import replacing
 from vitarium.training.config import Config
 from vitarium.training.snapshots import Snapshots
 from vitarium.training.toml import differences, dump_config, load_config
@@ -122,27 +122,18 @@ class RunFolder:
     def save_weights(self, name: str, tensors: Mapping[str, Tensor], facts: Any) -> Path:
         """Write ``<name>.safetensors``; what it replaces stays until it is complete."""
         path = self.path / f"{name}.safetensors"
-        temporary = path.with_name(path.name + ".new")
+        plain = {key: tensor.cpu().contiguous() for key, tensor in tensors.items()}
         try:
-            plain = {key: tensor.cpu().contiguous() for key, tensor in tensors.items()}
-            save_file(plain, temporary, {"training": json.dumps(facts)})
-            sync(temporary)
-            rename(temporary, path)
+            with replacing(path) as temporary:
+                save_file(plain, temporary, {"training": json.dumps(facts)})
         except SafetensorError as error:  # what safetensors makes of a disk that is full
             raise OSError(f"{path}: cannot be written: {error}") from error
-        finally:
-            temporary.unlink(missing_ok=True)
         return path
 
 
 def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".new")
-    try:
+    with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
-        sync(temporary)
-        rename(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _facts() -> dict[str, Any]:

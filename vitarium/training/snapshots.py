@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import warnings
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 import torch
 
 from vitarium.checkpoints import CheckpointError, read
-from vitarium.checkpoints.disk import rename
+from vitarium.checkpoints.disk import replacing
 
 _NAME = re.compile(r"step-([0-9]{9})\.pt")
 
@@ -38,17 +37,11 @@ class Snapshots:
         for half in self._folder.glob("step-*.new"):  # of a process that was killed
             half.unlink(missing_ok=True)
         path = self._folder / f"step-{update:09}.pt"
-        temporary = path.with_name(path.name + ".new")
         try:
-            with temporary.open("wb") as file:
+            with replacing(path) as temporary, temporary.open("wb") as file:
                 torch.save(content, file)
-                file.flush()
-                os.fsync(file.fileno())
-            rename(temporary, path)
         except RuntimeError as error:  # what torch makes of a disk that is full
             raise OSError(f"{path}: cannot be written: {error}") from error
-        finally:
-            temporary.unlink(missing_ok=True)
         for _, old in self._found()[self._keep :]:
             old.unlink(missing_ok=True)
 

@@ -16,7 +16,6 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 _WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
@@ -31,11 +30,6 @@ def shard(model: nn.Module, mesh: Any) -> None:
                 if composite and not isinstance(child, (nn.ModuleList, nn.Sequential)):
                     fully_shard(child, mesh=mesh)
     fully_shard(model, mesh=mesh)
-
-
-def local(value: Tensor) -> Tensor:
-    """A value, or the part of it that this process keeps."""
-    return value.to_local() if isinstance(value, DTensor) else value
 
 
 def model_state(model: nn.Module) -> dict[str, Any]:
