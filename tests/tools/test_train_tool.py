@@ -18,6 +18,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import vitarium_cli
+from vitarium.training.runs import RunFolder
+from vitarium.training.toml import load_config
 
 pytest.importorskip("accelerate")
 
@@ -299,10 +301,21 @@ def test_a_full_disk(config, tmp_path):
     assert process.returncode == 0, err
 
 
-def test_weights_on_a_full_disk(config, tmp_path):
-    process = start("train", config, "--output", tmp_path / "run", files=500_000)
-    _, err = process.communicate(timeout=300)
-    assert process.returncode == 1, err
-    assert err.splitlines()[-1].startswith("vitarium: error: ")
-    assert "Traceback" not in err
-    assert not [*(tmp_path / "run").rglob("*.new")]
+def test_weights_on_a_full_disk(tmp_path):
+    folder = RunFolder(tmp_path, load_config(_config_of_nothing(tmp_path)))
+    folder.save_weights("best", {"x": torch.zeros(10)}, {})
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5000, before[1]))
+    try:
+        with pytest.raises(OSError, match=r"best.safetensors: cannot be written: .*too large"):
+            folder.save_weights("best", {"x": torch.zeros(100000)}, {})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert load_file(tmp_path / "best.safetensors")["x"].shape == (10,)
+    assert not [*tmp_path.rglob("*.new")]
+
+
+def _config_of_nothing(tmp_path):
+    path = tmp_path / "config.toml"
+    path.write_text(CONFIG)
+    return path
