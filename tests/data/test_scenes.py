@@ -49,7 +49,8 @@ def test_shapes_and_types(scenes):
             assert scene.masks.shape == (n, *data.size)
             assert scene.boxes.shape == (n, 4)
             assert scene.samples.shape == (n,)
-    assert counts >= {3, 4, 5, 6, 7, 8} and max(counts) == 8
+    assert counts >= {3, 4, 5, 6, 7, 8}
+    assert max(counts) == 8
 
 
 def test_digits_are_from_their_split_alone(scenes):
