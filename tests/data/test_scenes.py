@@ -49,7 +49,8 @@ def test_shapes_and_types(scenes):
             assert scene.masks.shape == (n, *data.size)
             assert scene.boxes.shape == (n, 4)
             assert scene.samples.shape == (n,)
-    assert counts == {1, 2, 3, 4, 5}
+    assert counts >= {3, 4, 5, 6, 7, 8}
+    assert max(counts) == 8
 
 
 def test_digits_are_from_their_split_alone(scenes):
@@ -109,10 +110,10 @@ def test_digits_are_large_and_differ_from_their_ground(scenes):
                 around = np.s_[y : y + h, x : x + w]
                 ground = shades[around][scene.owners[around] == 0]
                 if len(ground) > 30:
-                    differences.append(abs(np.median(shades[mask]) - np.median(ground)))
+                    differences.append(np.median(shades[mask]) - np.median(ground))
     assert 18 <= min(sides) < 32
-    assert 56 < max(sides) < 84
-    assert min(differences) > 0.25
+    assert 50 < max(sides) < 84
+    assert min(differences) > 0.25  # lighter
 
 
 def test_every_argument_counts_and_the_number_of_scenes_does_not():
@@ -173,10 +174,10 @@ def test_what_is_out_of_range_is_refused():
 def test_scenes_look_as_this_version_paints_them():
     """Whoever changes these figures gives vitarium.data.folders.VERSION one more."""
     training, held_out = (Scenes(split, 8)[7] for split in ("train", "val"))
-    assert training.samples.tolist() == [923, 83, 1020, 8, 553]
-    assert held_out.samples.tolist() == [1739, 1452, 1446, 1621]
-    assert training.boxes[0].tolist() == [87, 109, 33, 37]
-    assert held_out.boxes[0].tolist() == [61, 62, 27, 34]
+    assert training.samples.tolist() == [124, 1251, 83]
+    assert held_out.samples.tolist() == [1514, 1739, 1452, 1446, 1621, 1769, 1682, 1750]
+    assert training.boxes[0].tolist() == [116, 39, 19, 25]
+    assert held_out.boxes[0].tolist() == [50, 3, 31, 48]
     # another processor may round another way
-    assert training.image.mean((0, 1)) == pytest.approx([168, 166, 83], abs=1)
-    assert held_out.image.mean((0, 1)) == pytest.approx([63, 78, 76], abs=1)
+    assert training.image.mean((0, 1)) == pytest.approx([119, 119, 69], abs=1)
+    assert held_out.image.mean((0, 1)) == pytest.approx([59, 65, 66], abs=1)

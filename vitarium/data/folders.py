@@ -30,7 +30,7 @@ from vitarium.data.digits import CLASSES, SPLITS, DigitImages
 from vitarium.data.scenes import Scene, Scenes
 from vitarium.data.textures import Size
 
-VERSION = 1  # of the files' content: one more wherever a digit or a scene looks unlike before
+VERSION = 2  # of the files' content: one more wherever a digit or a scene looks unlike before
 KINDS = ("classification", "detection", "segmentation")
 _ORIGIN = (
     "E. Alpaydin, C. Kaynak: Optical Recognition of Handwritten Digits, UCI (CC BY 4.0), as "

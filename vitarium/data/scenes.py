@@ -1,9 +1,9 @@
 """Scenes: three to eight handwritten digits on a textured background, with masks.
 
-A digit is 24 to 64 pixels large (the side of its 8 x 8 grid), a little turned, stretched and
-sheared, lighter than all that it lies on, and whole within the image. A later one may
-cover a little of an earlier one. Which digits a scene shows is told (`Scene.samples`): those of
-"val" are the held-out ones and never appear in "train".
+A digit is 24 to 56 pixels large (the side of its 8 x 8 grid), a little turned, stretched and
+sheared, lighter than all that it lies on, and whole within the image; one that finds no room is
+left out. A later one may cover a little of an earlier one. Which digits a scene shows is told
+(`Scene.samples`): those of "val" are the held-out ones and never appear in "train".
 
 A scene depends on (seed, split, index, size) alone: every one has a generator of its own (Philox).
 """
