@@ -70,7 +70,8 @@ def _check(path: Path, zipped: bool) -> None:
     needed = sum(storages.values())
     if needed != held:
         raise CheckpointError(
-            f"damaged: its tensors take {needed} bytes, and the file has {held} for them"
+            f"truncated or damaged: its tensors take {needed} bytes, and the file has {held} for "
+            f"them"
         )
     if not whole:
         raise CheckpointError("damaged: its tensors are not those that the file has bytes for")
