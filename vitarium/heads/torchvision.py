@@ -26,7 +26,8 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Iterable, Sequence
+import os
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any, TypeVar
 
@@ -106,7 +107,7 @@ class PyramidBackbone(nn.Module):
         frozen_stages: int | bool = 0,
         frozen_batch_norm: bool | None = None,
         pretrained_backbone: bool = False,
-        checkpoint: Any = None,
+        checkpoint: str | os.PathLike[str] | Mapping[str, Any] | None = None,
         **backbone_kwargs: Any,
     ) -> None:
         super().__init__()
@@ -115,8 +116,13 @@ class PyramidBackbone(nn.Module):
             raise ValueError(f"fpn_channels: expected at least 1, got {fpn_channels}")
         if out_indices is None:
             out_indices = _maps_from(finest, name, backbone_kwargs)
-        backbone_kwargs |= {"pretrained": pretrained_backbone, "checkpoint": checkpoint}
-        self.body = body = FeatureBackbone(name, out_indices, **backbone_kwargs)
+        self.body = body = FeatureBackbone(
+            name,
+            out_indices,
+            checkpoint=checkpoint,
+            pretrained=pretrained_backbone,
+            **backbone_kwargs,
+        )
         if not 0 <= frozen_stages <= body.num_stages:
             raise ValueError(
                 f"frozen_stages: expected True or 0 to {body.num_stages}, got {frozen_stages}"
@@ -188,8 +194,8 @@ def faster_rcnn(name: str, num_classes: int, **kwargs: Any) -> FasterRCNN:
 def mask_rcnn(name: str, num_classes: int, **kwargs: Any) -> MaskRCNN:
     """Mask R-CNN on a backbone of vitarium or timm.
 
-    >>> model = mask_rcnn("nat_atto", num_classes=11, min_size=160, max_size=320).eval()
-    >>> prediction, = model([torch.zeros(3, 120, 90)])
+    >>> model = mask_rcnn("nat_atto", num_classes=11, min_size=64, box_score_thresh=0.5).eval()
+    >>> (prediction,) = model([torch.zeros(3, 120, 90)])
     >>> sorted(prediction)
     ['boxes', 'labels', 'masks', 'scores']
 
@@ -265,13 +271,14 @@ def _parts(
         raise ValueError(
             f"num_classes: expected at least 2, of which one is the background, got {num_classes}"
         )
-    known = {*inspect.signature(detector).parameters} - {"backbone", "num_classes", "kwargs"}
-    known |= _TRANSFORM
-    options = {key: value for key, value in kwargs.items() if key in known}
-    others = {key: value for key, value in kwargs.items() if key not in known}
+    theirs = {*inspect.signature(detector).parameters} - {"backbone", "num_classes", "kwargs"}
+    theirs |= _TRANSFORM
+    options = {key: value for key, value in kwargs.items() if key in theirs}
+    others = {key: value for key, value in kwargs.items() if key not in theirs}
     try:
         backbone = PyramidBackbone(name, one_stage=one_stage, **others)
     except TypeError as error:
+        known = [*theirs, *inspect.signature(PyramidBackbone).parameters]
         hints = "".join(did_you_mean(key, known) for key in others if f"'{key}'" in str(error))
         raise ValueError(f"{error}{hints}") from error
     cfg = backbone.pretrained_cfg
@@ -293,7 +300,7 @@ def _maps_from(finest: int, name: str, backbone_kwargs: dict[str, Any]) -> tuple
     loading = {"device", "checkpoint_path", "pretrained_cfg_overlay"}
     kwargs = {key: value for key, value in backbone_kwargs.items() if key not in loading}
     with torch.device("meta"):
-        probe = FeatureBackbone(name, **kwargs)
+        probe = FeatureBackbone(name, pretrained=False, **kwargs)
     maps = list(zip(probe.out_indices, probe.strides, strict=True))
     if len({*probe.strides}) == 1:
         return (probe.out_indices[-1],)
