@@ -14,7 +14,7 @@ Tensors are named as in torchvision's detectors with a ResNet: ``backbone.fpn.*`
   multiple of their strides, too.
 - In bf16 or fp16 autocast the heads compute in that precision, but maps and what heads give are
   brought to float32: torchvision computes anchors and boxes in their precision, and bf16 cannot
-  tell 800 from 802 pixels.
+  tell 800 from 802 pixels. Of a head that is replaced later, what it gives is left as it is.
 - TorchScript is not supported. torch.compile, torch.export and ONNX are not tested: outputs have
   sizes that depend on the images, which torchvision supports in ONNX only.
 
