@@ -3,6 +3,7 @@
 Paper: Deformable DETR (Zhu et al., ICLR 2021, arXiv 2010.04159), equation 3.
 Shapes: value [B, S, heads, D] with the pixels of all levels one after another; sampling locations
 [B, Q, heads, levels, points, 2], x and y in [0, 1] of a level; attention weights without the 2.
+At whole pixels the slope by a location jumps: rounding decides which side's is given.
 """
 
 from __future__ import annotations
@@ -27,12 +28,8 @@ def _attend(
         maps = pixels.reshape(B * heads, -1, height, width)
         place = locations[:, :, :, level].transpose(1, 2).flatten(0, 1)  # [B * heads, Q, points, 2]
         weight = weights[:, :, :, level].transpose(1, 2).reshape(B * heads, 1, Q, points)
-        # A point one pixel outside of the map weighs nothing, on the line itself too, where
-        # grid_sample still has a slope.
-        centre = place * place.new_tensor([width, height]) - 0.5
-        inside = ((centre > -1) & (centre < centre.new_tensor([width, height]))).all(-1)
         shown = F.grid_sample(maps, 2 * place - 1, padding_mode="zeros", align_corners=False)
-        total = total + (shown * (weight * inside[:, None])).sum(-1)
+        total = total + (shown * weight).sum(-1)
     return total.view(B, -1, Q).transpose(1, 2).contiguous()
 
 
