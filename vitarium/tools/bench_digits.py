@@ -125,9 +125,7 @@ def _trained(shown: str, model: _Peer) -> Row:
 def _ran(command: list[str], environment: dict[str, str], errors: Path) -> float:
     """Seconds of CPU time that the command took."""
     with errors.open("wb") as file:
-        process = subprocess.Popen(
-            command, stdout=subprocess.DEVNULL, stderr=file, env=environment
-        )
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=file, env=environment)
         _, status, usage = os.wait4(process.pid, 0)  # of this process, not of all there were
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
