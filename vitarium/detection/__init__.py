@@ -1,0 +1,1 @@
+"""Train and test detectors from mmdet's Python configs, on mmengine's Runner."""
