@@ -128,7 +128,7 @@ class _Seeded(Dataset[Any]):
 
 @contextmanager
 def _alone() -> Iterator[None]:
-    """mmengine's samplers deal out to all processes; here each builds them as the only one."""
+    """Let each process build mmengine's samplers as the only one; they deal out to all."""
     utils = mmengine.dist.utils
     before = utils.is_distributed
     utils.is_distributed = lambda: False

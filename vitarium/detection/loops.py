@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from bisect import bisect
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -27,7 +26,6 @@ class EpochLoop(EpochBasedTrainLoop):
         **kwargs: ``val_begin``, ``val_interval`` and ``dynamic_intervals``, as mmengine has them.
 
     Attributes:
-        interrupted: whether a signal asks for the end.
         measures: of the last validation.
     """
 
@@ -43,7 +41,6 @@ class EpochLoop(EpochBasedTrainLoop):
         super().__init__(runner, loader, max_epochs, **kwargs)
         assert isinstance(loader.batch_sampler, Batches)
         self._batches = loader.batch_sampler
-        self.interrupted: Callable[[], bool] = lambda: False
         self.measures: dict[str, float] = {}
 
     def run(self) -> torch.nn.Module:
@@ -88,8 +85,8 @@ class EpochLoop(EpochBasedTrainLoop):
     def _asked(self) -> bool:
         """Whether a signal came to any process."""
         if self.layout.world == 1:
-            return self.interrupted()
-        asked = torch.tensor(int(self.interrupted()))
+            return self.runner.interrupted()
+        asked = torch.tensor(int(self.runner.interrupted()))
         all_reduce(asked, "max")
         return bool(asked)
 

@@ -53,18 +53,13 @@ def mend() -> None:
 
 def allow_checkpoints() -> None:
     """Let torch.load read what mmengine writes with ``weights_only``, and nothing else."""
-    rebuild = np.zeros(0).__reduce__()[0]
-    number = np.float64(0).__reduce__()[0]
-    modules = ("numpy._core.multiarray", "numpy.core.multiarray")  # of NumPy 2 and 1
-    torch.serialization.add_safe_globals(
-        [
-            *(HistoryBuffer, np.ndarray, np.dtype),
-            *(getattr(np.dtypes, f"{kind}DType") for kind in _KINDS),
-            *((rebuild, f"{module}._reconstruct") for module in modules),
-            *((number, f"{module}.scalar") for module in modules),
-            (_statistic, "builtins.getattr"),
-        ]
-    )
+    rebuild: Any = np.zeros(0).__reduce__()[0]
+    number: Any = np.float64(0).__reduce__()[0]
+    named: list[Any] = [(_statistic, "builtins.getattr")]
+    for module in ("numpy._core.multiarray", "numpy.core.multiarray"):  # of NumPy 2 and 1
+        named += [(rebuild, f"{module}._reconstruct"), (number, f"{module}.scalar")]
+    kinds = [getattr(np.dtypes, f"{kind}DType") for kind in _KINDS]
+    torch.serialization.add_safe_globals([HistoryBuffer, np.ndarray, np.dtype, *kinds, *named])
     HistoryBuffer.__setstate__ = _set_state
 
 
@@ -206,7 +201,7 @@ def _old_numbers(*names: str) -> None:
         importlib.import_module(name).__dict__["np"] = _OldNumPy("numpy")
 
 
-def _replace(old: Any, make: Callable[[Any], Any]) -> None:
+def _replace(old: Any, make: Callable[..., Any]) -> None:
     """Put something in the place of a function wherever it was imported by its name."""
     new = make(old)
     for name, module in [*sys.modules.items()]:
