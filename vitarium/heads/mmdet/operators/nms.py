@@ -126,6 +126,6 @@ def nms_match(dets: Tensor, iou_threshold: float) -> list[list[int]]:
     while len(left):
         best, others = left[0], left[1:]
         close = _overlaps(dets[best, :4], dets[others, :4], offset=0) >= threshold
-        groups.append([best.item(), *others[close].tolist()])
+        groups.append([int(best), *others[close].tolist()])
         left = others[~close]
     return groups
