@@ -106,3 +106,41 @@ def config(scenes, tmp_path) -> Path:
     path = tmp_path / "tiny.py"
     path.write_text(RETINANET.format(root=scenes))
     return path
+
+
+TOY = """
+custom_imports = dict(imports=["toys"])
+model = dict(type="ToyModel")
+train_dataloader = dict(
+    batch_size=2, num_workers=0, sampler=dict(type="DefaultSampler", shuffle=True),
+    dataset=dict(type="ToyData", size=9), collate_fn=dict(type="pseudo_collate"),
+)
+val_dataloader = dict(
+    batch_size=2, num_workers=0, sampler=dict(type="DefaultSampler", shuffle=False),
+    dataset=dict(type="ToyData", size=4), collate_fn=dict(type="pseudo_collate"),
+)
+val_evaluator = dict(type="ToyMetric")
+test_dataloader, test_evaluator = val_dataloader, val_evaluator
+val_cfg, test_cfg = dict(), dict()
+train_cfg = dict(by_epoch=True, max_epochs=3)
+optim_wrapper = dict(type="OptimWrapper", optimizer=dict(type="AdamW", lr=1e-2))
+param_scheduler = [
+    dict(type="LinearLR", start_factor=0.1, by_epoch=False, end=4),
+    dict(type="CosineAnnealingLR", T_max=3, by_epoch=True, convert_to_iter_based=True),
+]
+custom_hooks = [dict(type="EMAHook", momentum=0.1)]
+default_hooks = dict(
+    checkpoint=dict(type="CheckpointHook", interval=1, by_epoch=False, max_keep_ckpts=3,
+                    save_best="toy/accuracy"),
+    logger=dict(type="LoggerHook", interval=4),
+)
+randomness = dict(seed=3, deterministic=True)
+"""
+
+
+@pytest.fixture
+def toy(tmp_path) -> Path:
+    """A toy's run: three epochs of five iterations, a checkpoint after each."""
+    path = tmp_path / "toy.py"
+    path.write_text(TOY)
+    return path

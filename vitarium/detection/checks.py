@@ -79,9 +79,9 @@ def _check_runner(config: Config) -> None:
     by_epoch = config.train_cfg.get("by_epoch", loop == _LOOPS[0])
     if loop is not None and loop not in _LOOPS:
         raise ValueError(f"train_cfg.type: expected {' or '.join(_LOOPS)}, got {loop}")
-    length = "max_epochs" if by_epoch else "max_iters"
-    if not isinstance(config.train_cfg.get(length), int):
-        raise ValueError(f"train_cfg.{length}: expected a number, got {config.train_cfg}")
+    length, other = ("max_epochs", "max_iters")[:: 1 if by_epoch else -1]
+    if not isinstance(config.train_cfg.get(length), int) or other in config.train_cfg:
+        raise ValueError(f"train_cfg: expected {length} and no {other}, got {config.train_cfg}")
     if config.get("runner_type", "Runner") != "Runner":
         raise ValueError(f"runner_type: expected Runner, got {config.runner_type!r}")
     if config.get("randomness", {}).get("diff_rank_seed"):
@@ -173,7 +173,9 @@ def _is_head(place: str) -> bool:
 
 
 def _classes(dataset: Mapping[str, Any], kind: type[Any], where: str) -> Sequence[str] | None:
-    classes = (dataset.get("metainfo") or {}).get("classes", kind.METAINFO.get("classes"))
+    classes = (dataset.get("metainfo") or {}).get("classes")
+    if classes is None:
+        classes = getattr(kind, "METAINFO", {}).get("classes")
     if isinstance(classes, str):
         if not Path(classes).is_file():
             raise ValueError(
@@ -311,6 +313,22 @@ def fitting(
             f"the beginnings of those that start anew"
         )
     return given
+
+
+def check_channels(model: nn.Module) -> None:
+    """Compare a backbone of ours with the neck behind it.
+
+    Raises:
+        ValueError: the neck expects other channels.
+    """
+    channels = getattr(getattr(model, "backbone", None), "channels", None)
+    expected = getattr(getattr(model, "neck", None), "in_channels", None)
+    if channels is None or not isinstance(expected, list | tuple):
+        return
+    if [*channels] != [*expected]:
+        raise ValueError(
+            f"model.neck.in_channels: expected {[*channels]}, the backbone's, got {[*expected]}"
+        )
 
 
 def _some(names: Collection[str]) -> str:

@@ -10,7 +10,9 @@ from mmengine.dist import all_reduce, get_dist_info
 from mmengine.runner import EpochBasedTrainLoop
 
 from vitarium.detection.data import Batches, batch_number, training_loader
-from vitarium.training.data import Layout, seeded_step
+from vitarium.training.data import Layout, seeded, seeded_step
+
+_VALIDATION = 2  # what a place is drawn for, beside steps and samples
 
 
 class EpochLoop(EpochBasedTrainLoop):
@@ -49,6 +51,7 @@ class EpochLoop(EpochBasedTrainLoop):
         Raises:
             KeyboardInterrupt: a signal came; a checkpoint was written first.
         """
+        self.runner.begin()
         self.runner.call_hook("before_train")
         if self._iter and self._iter == self._epoch * len(self.dataloader):
             self._validate(self._epoch, self._max_epochs)
@@ -80,7 +83,8 @@ class EpochLoop(EpochBasedTrainLoop):
         self.val_interval = self.dynamic_intervals[step]
         due = done >= self.val_begin and (done % self.val_interval == 0 or done == last)
         if self.runner.val_loop is not None and due:
-            self.measures = self.runner.val_loop.run()
+            with seeded(self.runner.seed, _VALIDATION, self._iter):
+                self.measures = self.runner.val_loop.run()
 
     def _asked(self) -> bool:
         """Whether a signal came to any process."""
@@ -113,6 +117,7 @@ class IterLoop(EpochLoop):
         Raises:
             KeyboardInterrupt: a signal came; a checkpoint was written first.
         """
+        self.runner.begin()
         self.runner.call_hook("before_train")
         self.runner.call_hook("before_train_epoch")
         if self._iter:

@@ -45,14 +45,22 @@ class DetectionRunner(Runner):
 
     Attributes:
         interrupted: whether a signal asks for the end.
+        begin: called before the first iteration.
     """
 
-    interrupted: Callable[[], bool] = staticmethod(lambda: False)
+    interrupted: Callable[[], bool]
+    begin: Callable[[], None]
 
     @property
     def _detector(self) -> nn.Module:
         model: nn.Module = self.model
         return model.module if is_model_wrapper(model) else model
+
+    def build_model(self, model: Any) -> nn.Module:
+        """The detector that a config's ``model`` describes, if its parts fit."""
+        built: nn.Module = super().build_model(model)
+        checks.check_channels(built)
+        return built
 
     def register_default_hooks(self, hooks: dict[str, Any] | None = None) -> None:
         """Register mmengine's hooks, and ours for checkpoints in the place of its own."""
@@ -144,7 +152,7 @@ def train(
     config = load_config(path, overrides)
     with _processes(config, device, launcher):
         _agree(lambda: checks.check_training(config))
-        _agree(lambda: _open(output, config, resume))
+        _agree(lambda: _check_folder(output, config, resume))
         config.work_dir = str(output)
         config.resume = False
         if resume:
@@ -156,6 +164,8 @@ def train(
                 config.load_from, config.resume = str(found), True
         with _registered():
             runner = DetectionRunner.from_cfg(config)
+            # Whatever does not fit was said by then: a new folder is left without a run.
+            runner.begin = lambda: save_config(config, output / _CONFIG)
             with interruption() as runner.interrupted:
                 runner.train()
         return dict(runner.train_loop.measures)
@@ -201,8 +211,8 @@ def measure(
             return dict(DetectionRunner.from_cfg(config).test())
 
 
-def _open(output: Path, config: Config, resume: bool) -> None:
-    """Begin the run, or see that it can go on."""
+def _check_folder(output: Path, config: Config, resume: bool) -> None:
+    """See that the run can begin there, or go on."""
     path = output / _CONFIG
     if path.exists() and not resume:
         raise ValueError(
@@ -211,11 +221,11 @@ def _open(output: Path, config: Config, resume: bool) -> None:
         )
     if resume and not path.exists():
         raise ValueError(f"{output}: expected a run to go on with, found none")
-    if not resume:
-        output.mkdir(parents=True, exist_ok=True)
-        save_config(config, path)
-        return
-    changed = differences(path, config)
+    output.mkdir(parents=True, exist_ok=True)
+    with replacing(output / "writable") as temporary:
+        temporary.touch()
+    (output / "writable").unlink()
+    changed = differences(path, config) if resume else {}
     if changed:
         name, (was, now) = next(iter(changed.items()))
         raise ValueError(f"{output}: its run has another config: {name} was {was!r}, is {now!r}")

@@ -7,6 +7,7 @@
 - ``pkg_resources`` left setuptools and ``distutils`` left Python.
 - NumPy 2 has no ``np.float``.
 - Mixed precision asks for a GPU.
+- Every checkpoint formats the config anew, for a second or more.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from mmengine.config.config import FormatCode
 from mmengine.infer import BaseInferencer
 from mmengine.logging import HistoryBuffer
 from mmengine.optim import AmpOptimWrapper, OptimWrapper
@@ -46,6 +48,7 @@ def mend() -> None:
     BaseInferencer._init_model = _with_config(BaseInferencer._init_model)
     _replace(package_utils.is_installed, lambda _: is_installed)
     _replace(package_utils.get_installed_path, lambda _: installed_path)
+    _replace(FormatCode, _remembered)
     _replace(collect_env, _without_distutils)
     OPTIM_WRAPPERS.register_module("AmpOptimWrapper", force=True, module=MixedPrecision)
     _old_numbers("mmdet.evaluation.functional.ytviseval", "mmcv.ops.pixel_group")
@@ -152,6 +155,20 @@ def _without_distutils(collect: Callable[[], dict[str, Any]]) -> Callable[[], di
             }
 
     return collected
+
+
+def _remembered(formatted: Callable[..., Any]) -> Callable[..., Any]:
+    """Format a text once, where it is the last one again."""
+    last: dict[str, Any] = {}
+
+    @wraps(formatted)
+    def remembered(text: str, *args: Any, **kwargs: Any) -> Any:
+        if text not in last:
+            last.clear()
+            last[text] = formatted(text, *args, **kwargs)
+        return last[text]
+
+    return remembered
 
 
 class MixedPrecision(AmpOptimWrapper):
