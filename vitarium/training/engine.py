@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import math
 import os
-import signal
-import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +26,7 @@ from vitarium.training.config import Config
 from vitarium.training.data import Batch, Layout, seeded_step, training_batches, validation_batches
 from vitarium.training.logs import Log
 from vitarium.training.runs import RunFolder
+from vitarium.training.signals import interruption
 from vitarium.training.sources import Source
 from vitarium.training.states import Average, model_state, optimizer_state, restore, shard
 from vitarium.training.tasks import Task, create_task
@@ -190,7 +189,7 @@ class Engine:
         validate = _every(config.train.validate_every * epoch, updates)
         keep = _every(config.train.checkpoint_every or epoch, updates)
         self._model.train()
-        with closing(batches), log.running(update), _interruption() as interrupted:
+        with closing(batches), log.running(update), interruption() as interrupted:
             while update < updates:
                 scheduler.step_update(update)
                 losses = self._step(module, optimizer, batches, update, log)
@@ -523,24 +522,3 @@ def _scale(config: Config, images: int) -> float:
 def _every(period: float, last: int) -> Callable[[int], bool]:
     """Whether something is due after an update: once in each period, and after the last one."""
     return lambda update: update == last or update // period > (update - 1) // period
-
-
-@contextmanager
-def _interruption() -> Iterator[Callable[[], bool]]:
-    """SIGINT and SIGTERM are noted; a second one is not waited for."""
-    noted: list[int] = []
-    if threading.current_thread() is not threading.main_thread():  # has no signals
-        yield lambda: False
-        return
-
-    def note(number: int, frame: Any) -> None:
-        if noted:
-            raise KeyboardInterrupt
-        noted.append(number)
-
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield lambda: bool(noted)
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
