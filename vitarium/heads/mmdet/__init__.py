@@ -1,0 +1,30 @@
+"""Detection with mmdet: FeatureBackbone in its registry, mmcv's operators without a compiler.
+
+A config needs one line, ``custom_imports = dict(imports=["vitarium.heads.mmdet"])``, and then names
+any model of vitarium or timm: ``backbone=dict(type="FeatureBackbone", name="nat_mini", ...)``.
+Importing this package comes before ``mmdet.models``, whose heads import mmcv's operators; mmengine
+imports ``custom_imports`` while it reads the config, which is early enough.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+
+try:
+    import mmcv  # noqa: F401
+    import mmdet  # noqa: F401
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(
+        f'{error.name} is not installed: pip install "vitarium[det]"', name=error.name
+    ) from error
+
+from vitarium.heads.mmdet import operators
+
+operators.provide()
+
+from vitarium.heads.mmdet.backbone import FeatureBackbone  # noqa: E402
+
+__all__ = ["FeatureBackbone"]
+
+if importlib.util.find_spec(f"{__name__}.stack") is not None:
+    importlib.import_module(f"{__name__}.stack").mend()
