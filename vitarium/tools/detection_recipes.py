@@ -22,7 +22,7 @@ _IMAGES = 16
 
 Settings = dict[str, Any]
 
-_TITLES = {
+TITLES = {
     "mask_rcnn": "Mask R-CNN",
     "cascade_mask_rcnn": "Cascade Mask R-CNN",
     "retinanet": "RetinaNet",
@@ -318,7 +318,7 @@ def _pyramid(head: str, schedule: str, entry: str, row: Row) -> Recipe:
     unreleased = published is None or published["weights"]["source"] == "not released"
     return Recipe(
         name=f"{head}_{entry}_{schedule}_coco",
-        title=f"{_TITLES[head]} on {entry}, COCO, {_EPOCHS[schedule]} epochs",
+        title=f"{TITLES[head]} on {entry}, COCO, {_EPOCHS[schedule]} epochs",
         expected=expected,
         source=source,
         differs=row.differs if published is not None else (),
