@@ -49,8 +49,10 @@ def of_each(*parts):
 def built(config, device="cpu"):
     from mmdet.registry import MODELS
     from mmdet.utils import register_all_modules
+    from mmengine.logging import MMLogger
 
     register_all_modules(init_default_scope=True)
+    MMLogger.get_instance("vitarium_tests", log_level="ERROR")  # each parameter's options else
     config.model.backbone.pretrained = False
     with torch.device(device):
         return MODELS.build(config.model)
@@ -84,6 +86,7 @@ def shrunk(name, folder, proposals=32):
         ann_file="annotations/instances_train.json",
         data_prefix={"img": "train/"},
         metainfo={"classes": tuple(CLASSES)},
+        serialize_data=False,  # which collects garbage
     )
     return config
 

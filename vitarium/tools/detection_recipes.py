@@ -351,9 +351,10 @@ def _transformers() -> Iterator[Recipe]:
             "model": {"backbone": nat, "neck": {"in_channels": channels[1:]}},
         },
     )
-    norms = tuple(f"norm{i}.{leaf}" for i in ("", *range(4)) for leaf in ("weight", "bias"))
-    # longer than "backbone", whose rate they keep: the longest name that fits counts
-    undecayed = {key: {"lr_mult": 0.1, "decay_mult": 0.0} for key in ("attn.rpb", *norms)}
+    norms = tuple(f"norm{i}.{leaf}" for i in range(4) for leaf in ("weight", "bias"))
+    spared = ("attn.rpb", "patch_embed.norm", "downsample.norm", *norms)
+    # as long as "backbone" at least, whose rate they keep: the longest name that fits counts
+    undecayed = {key: {"lr_mult": 0.1, "decay_mult": 0.0} for key in spared}
     optimizer = {"paramwise_cfg": {"custom_keys": undecayed}}
     yield Recipe(
         name="mask2former_nat_mini_50e_coco_instance",

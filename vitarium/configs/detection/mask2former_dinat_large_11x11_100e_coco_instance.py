@@ -22,8 +22,8 @@ optim_wrapper = {
     "paramwise_cfg": {
         "custom_keys": {
             "attn.rpb": {"lr_mult": 0.1, "decay_mult": 0.0},
-            "norm.weight": {"lr_mult": 0.1, "decay_mult": 0.0},
-            "norm.bias": {"lr_mult": 0.1, "decay_mult": 0.0},
+            "patch_embed.norm": {"lr_mult": 0.1, "decay_mult": 0.0},
+            "downsample.norm": {"lr_mult": 0.1, "decay_mult": 0.0},
             "norm0.weight": {"lr_mult": 0.1, "decay_mult": 0.0},
             "norm0.bias": {"lr_mult": 0.1, "decay_mult": 0.0},
             "norm1.weight": {"lr_mult": 0.1, "decay_mult": 0.0},
