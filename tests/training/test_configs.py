@@ -105,7 +105,7 @@ def test_every_model_builds(recipe):
     if config.task == "classification":  # the images have the size that the result is for
         tag = next(
             row["name"]
-            for row in recipes._rows()
+            for row in recipes.rows()
             if row["entry"] == recipe.name and f"top-1 {row['top1']} " in recipe.expected
         )
         size = timm.get_pretrained_cfg(tag).input_size[-2:]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -73,17 +73,28 @@ class Recipe:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Write the configs, or check them; returns the exit status."""
-    parser = argparse.ArgumentParser(description="Write the configs of published settings.")
+    return write(generate(), "vitarium.tools.recipes", argv)
+
+
+def write(texts: Mapping[Path, str], module: str, argv: Sequence[str] | None) -> int:
+    """Write generated files, or say with ``--check`` which are stale; returns the exit status.
+
+    Args:
+        texts: the files and what belongs in them.
+        module: what writes them.
+        argv: arguments of the command line; None for the process' own.
+    """
+    parser = argparse.ArgumentParser(description=f"Write the configs of {module}.")
     parser.add_argument("--check", action="store_true", help="exit 1 if they are stale")
     check = parser.parse_args(argv).check
     stale = {
         path: text
-        for path, text in generate().items()
+        for path, text in texts.items()
         if not path.exists() or path.read_text(encoding="utf-8") != text
     }
     for path, text in stale.items():
         if check:
-            print(f"{path.name} is stale: run python -m vitarium.tools.recipes", file=sys.stderr)
+            print(f"{path.name} is stale: run python -m {module}", file=sys.stderr)
         else:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(text, encoding="utf-8", newline="\n")
@@ -433,14 +444,15 @@ def _probes() -> Iterator[Recipe]:
 
 
 @cache
-def _rows() -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = json.loads((_PACKAGE / "models.json").read_text(encoding="utf-8"))
-    return rows
+def rows() -> list[dict[str, Any]]:
+    """What is known of every tag: models.json."""
+    found: list[dict[str, Any]] = json.loads((_PACKAGE / "models.json").read_text(encoding="utf-8"))
+    return found
 
 
 def _published(name: str) -> dict[str, Any]:
     """The facts of a tag."""
-    return next(row for row in _rows() if row["name"] == name)
+    return next(row for row in rows() if row["name"] == name)
 
 
 def _merged(*settings: _Settings) -> _Settings:
@@ -469,28 +481,29 @@ def _text(recipe: Recipe) -> str:
         f"Command, 1 GPU: vitarium train {recipe.name} --set train.{whole}",
         "",
         f"Hardware: {gpus} GPUs; not run",
-        *_wrapped("Expected result", recipe.expected),
-        *_wrapped("Source", recipe.source),
-        *_wrapped("Differs", "; ".join(recipe.differs) or "in nothing known"),
-        *_weights(settings["model"]),
+        *wrapped("Expected result", recipe.expected),
+        *wrapped("Source", recipe.source),
+        *wrapped("Differs", "; ".join(recipe.differs) or "in nothing known"),
+        *weights(settings["model"]),
     ]
     lines = [f"# {line}".rstrip() for line in head]
     ordered = {key: settings[key] for key in ("task", *_ORDER) if key in settings}
     return "\n".join([*lines, "", *_toml(ordered, "")]) + "\n"
 
 
-def _weights(model: _Settings) -> list[str]:
+def weights(model: _Settings) -> list[str]:
     """What to do for weights that no program can fetch."""
     name = model["name"]
     used = (
-        row for row in _rows() if row["name"] == name or (row["entry"] == name and row["default"])
+        row for row in rows() if row["name"] == name or (row["entry"] == name and row["default"])
     )
     if model.get("pretrained") and any(row["weights"]["source"] == "manual" for row in used):
         return [f"Weights: from a browser, then vitarium download {name} --file FILE"]
     return []
 
 
-def _wrapped(key: str, text: str) -> list[str]:
+def wrapped(key: str, text: str) -> list[str]:
+    """Lines of a header."""
     return wrap(f"{key}: {text}", _WIDTH - 2, subsequent_indent="    ", break_on_hyphens=False)
 
 

@@ -23,8 +23,9 @@ from vitarium.heads.mmdet import operators
 operators.provide()
 
 from vitarium.heads.mmdet.backbone import FeatureBackbone  # noqa: E402
+from vitarium.heads.mmdet.released import load_detector  # noqa: E402
 
-__all__ = ["FeatureBackbone"]
+__all__ = ["FeatureBackbone", "load_detector"]
 
 if importlib.util.find_spec(f"{__name__}.stack") is not None:
     importlib.import_module(f"{__name__}.stack").mend()

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from vitarium.backbones._registry import entries, released
 from vitarium.heads import features
+from vitarium.heads.mmdet.released import for_backbone
 
 
 @MODELS.register_module()
@@ -90,6 +91,14 @@ class FeatureBackbone(features.FeatureBackbone):
                 if isinstance(module, nn.modules.batchnorm._BatchNorm):
                     module.eval()
         return self
+
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
+        """Takes the authors' names too, so that whatever loads a detector loads a released one."""
+        names = [name for name in state_dict if name.startswith(prefix)]
+        theirs = {name.removeprefix(prefix): state_dict.pop(name) for name in names}
+        ours, _ = for_backbone(theirs, self)
+        state_dict.update({prefix + name: x for name, x in ours.items()})
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
         """Image [B, in_chans, H, W] -> maps [B, channels[i], H / strides[i], W / strides[i]]."""

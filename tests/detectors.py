@@ -1,0 +1,137 @@
+"""The configs of detectors that ship, shrunk to what one CPU trains in a second."""
+
+from copy import deepcopy
+from functools import cache
+
+import timm
+import torch
+from attos import ATTOS
+
+from vitarium.data.digits import CLASSES
+from vitarium.data.folders import SceneSet, ensure
+from vitarium.tools import detection_recipes
+
+RECIPES = [*detection_recipes.recipes()]
+FILES = {recipe.name: detection_recipes.FOLDER / f"{recipe.name}.py" for recipe in RECIPES}
+SMALLER = 8  # times: images, crops
+
+
+@cache
+def _parsed(name):
+    from mmengine.config import Config
+
+    return Config.fromfile(FILES[name])
+
+
+def parsed(name):
+    """A config of one's own."""
+    return deepcopy(_parsed(name))
+
+
+def head_of(name):
+    return max((x for x in detection_recipes.TITLES if name.startswith(x)), key=len)
+
+
+def entry_of(name):
+    return parsed(name).model.backbone.name.partition(".")[0]
+
+
+def of_each(*parts):
+    """The first recipe of each kind, of which ``head`` and ``family`` are told."""
+    kinds = {}
+    for recipe in RECIPES:
+        entry = recipe.settings["model"]["backbone"]["name"].partition(".")[0]
+        kind = {"head": head_of(recipe.name), "family": detection_recipes.family_of(entry)}
+        kinds.setdefault(tuple(kind[part] for part in parts), recipe.name)
+    return [*kinds.values()]
+
+
+def built(config, device="cpu"):
+    from mmdet.registry import MODELS
+    from mmdet.utils import register_all_modules
+    from mmengine.logging import MMLogger
+
+    register_all_modules(init_default_scope=True)
+    MMLogger.get_instance("vitarium_tests", log_level="ERROR")  # each parameter's options else
+    config.model.backbone.pretrained = False
+    with torch.device(device):
+        return MODELS.build(config.model)
+
+
+def scenes(root):
+    """Four digit scenes as a COCO data set."""
+    return ensure("detection", root, SceneSet(train=2, val=2, size=(96, 128)))
+
+
+def shrunk(name, folder, proposals=32):
+    """The config on the family's smallest model and on digit scenes, for a CPU."""
+    config = parsed(name)
+    backbone = config.model.backbone
+    atto = max((x for x in ATTOS if backbone.name.startswith(x.removesuffix("_atto"))), key=len)
+    channels = [x["num_chs"] for x in timm.create_model(atto, device="meta").feature_info]
+    backbone.update(name=atto, drop_path_rate=0.1)
+    indices = backbone.get("out_indices", range(4))
+    taker = config.model.panoptic_head if "panoptic_head" in config.model else config.model.neck
+    taker.in_channels = [channels[i] for i in indices]
+    _smaller(config.train_dataloader.dataset.pipeline)
+    _smaller(config.model.data_preprocessor.get("batch_augments", []))
+    _fewer(config.model, proposals)
+    if "num_points" in config.model.get("train_cfg", {}):
+        config.model.train_cfg.num_points = 128
+    config.optim_wrapper.type = "OptimWrapper"
+    config.optim_wrapper.pop("loss_scale", None)
+    config.train_dataloader.update(batch_size=1, num_workers=0, persistent_workers=False)
+    config.train_dataloader.dataset.update(
+        data_root=f"{folder}/",
+        ann_file="annotations/instances_train.json",
+        data_prefix={"img": "train/"},
+        metainfo={"classes": tuple(CLASSES)},
+        serialize_data=False,  # which collects garbage
+    )
+    return config
+
+
+def _smaller(transforms):
+    """Sizes in pixels, in place."""
+    for each in transforms:
+        if not isinstance(each, dict):
+            _smaller(each)
+            continue
+        for key in ("scale", "crop_size", "size"):
+            if key in each:
+                each[key] = tuple(side // SMALLER for side in each[key])
+        if "scales" in each:
+            each["scales"] = [tuple(side // SMALLER for side in scale) for scale in each["scales"]]
+        _smaller(each.get("transforms", []))
+
+
+def _fewer(settings, proposals):
+    """Sampled regions, queries, points, layers and channels, in place."""
+    most = dict.fromkeys(("num", "num_queries", "nms_pre", "max_per_img"), proposals)
+    most |= {"num_dn_queries": proposals, "num_layers": 2, "fc_out_channels": 64}
+    for key, value in settings.items():
+        if key in most:
+            settings[key] = min(value, most[key])
+        for each in value if isinstance(value, list) else [value]:
+            if isinstance(each, dict):
+                _fewer(each, proposals)
+
+
+def step(config):
+    """One update: the losses, and the names of parameters without a gradient."""
+    from mmengine.optim import build_optim_wrapper
+    from mmengine.runner import Runner
+
+    torch.manual_seed(0)
+    model = built(config).train()
+    model.init_weights()
+    loader = Runner.build_dataloader(config.train_dataloader, seed=0)
+    wrapper = build_optim_wrapper(model, config.optim_wrapper)
+    data = model.data_preprocessor(next(iter(loader)), True)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    total, losses = model.parse_losses(model(**data, mode="loss"))
+    wrapper.backward(total)
+    unused = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
+    wrapper.step()
+    still = [name for name, p in model.named_parameters() if torch.equal(p, before[name])]
+    return losses, unused, still

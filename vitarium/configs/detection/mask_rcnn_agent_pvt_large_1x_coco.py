@@ -1,0 +1,20 @@
+# Mask R-CNN on agent_pvt_large, COCO, 12 epochs: 16 images a step.
+#
+# Command, 8 GPUs: torchrun --nproc_per_node 8 -m vitarium_cli train \
+#     mask_rcnn_agent_pvt_large_1x_coco
+# Command, 1 GPU: vitarium train mask_rcnn_agent_pvt_large_1x_coco \
+#     --set train_dataloader.batch_size=16
+#
+# Hardware: 8 GPUs; not run
+# Expected result: box AP 46.9, mask AP 42.8 (README of LeapLabTHU/Agent-Attention, 207ce3e)
+# Source: LeapLabTHU/Agent-Attention 207ce3e,
+#     downstream/detection/configs/agent_pvt/agent_pvt_l_mrcnn_1x_12-16-28-28.py
+# Differs: in nothing known
+# Released detector: agent_pvt_large.leaplab_mask_rcnn_1x_coco
+custom_imports = {"imports": ["vitarium.heads.mmdet"]}
+_base_ = ["_base_/mask_rcnn.py", "_base_/coco_instance.py", "_base_/schedule_1x.py"]
+model = {
+    "backbone": {"name": "agent_pvt_large", "pretrained": True, "drop_path_rate": 0.2},
+    "neck": {"in_channels": [64, 128, 320, 512]},
+}
+optim_wrapper = {"optimizer": {"lr": 0.0002, "weight_decay": 0.0001}}
