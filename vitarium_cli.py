@@ -390,7 +390,10 @@ def _bench_models_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _config_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "config", metavar="CONFIG", help="a TOML file, or the name of one in vitarium/configs"
+        "config",
+        metavar="CONFIG",
+        help="a TOML file, a Python file of mmdet's (which is run), or the name of one in"
+        " vitarium/configs",
     )
     parser.add_argument(
         "--output", metavar="DIR", help="the run's folder (default: outputs/ and CONFIG's name)"
@@ -403,10 +406,13 @@ def _config_arguments(parser: argparse.ArgumentParser) -> None:
         help="instead of what CONFIG says; may be repeated",
     )
     parser.add_argument(
+        "--launcher",
+        choices=("none", "pytorch", "slurm", "mpi"),
+        help="of a detector's processes (default: pytorch where torchrun started them, else none)",
+    )
+    parser.add_argument(
         "--strict",
-        dest="set",
-        action="append_const",
-        const="data.strict=true",
+        action="store_true",
         help="stop at an image that cannot be read, instead of naming it and going on",
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), help="(default: cuda if there is one)")

@@ -9,19 +9,20 @@ pytest.importorskip("mmdet")
 import multiprocessing
 import os
 import resource
-import shutil
 import signal
-from pathlib import Path
 
 import torch
 from toys import ToyData, ToyModel
 
-from vitarium.detection.checkpoints import newest, read
+import vitarium_cli
+from vitarium.detection.checkpoints import found, newest, read
 from vitarium.detection.runner import measure, train
 
 CHANGES = {
     "epochs": ["train_dataloader.num_workers=2", "train_dataloader.persistent_workers=True"],
-    "iterations": ["train_cfg={'_delete_': True, 'by_epoch': False, 'max_iters': 15, 'val_interval': 2}"],
+    "iterations": [
+        "train_cfg={'_delete_': True, 'by_epoch': False, 'max_iters': 15, 'val_interval': 2}"
+    ],
     "infinite": [
         "train_cfg={'_delete_': True, 'by_epoch': False, 'max_iters': 15, 'val_interval': 5}",
         "train_dataloader.sampler.type=InfiniteSampler",
@@ -33,11 +34,6 @@ CHANGES = {
         "default_hooks.checkpoint={'type': 'CheckpointHook', 'interval': 1, 'save_best': 'auto'}"
     ],
 }
-
-
-@pytest.fixture(autouse=True)
-def on_path(monkeypatch):
-    monkeypatch.syspath_prepend(Path(__file__).parent)
 
 
 def state(folder):
@@ -93,3 +89,169 @@ def test_a_resumed_run_ends_like_an_unbroken_one(toy, tmp_path, changes):
     name, weights = best(whole)
     assert best(broken)[0] == name
     assert all(torch.equal(weights[key], x) for key, x in best(broken)[1].items())
+
+
+def test_a_signal_waits_for_the_step(toy, tmp_path):
+    changes = ["optim_wrapper.accumulative_counts=2", "default_hooks.checkpoint.interval=3"]
+    stop_after(5, lambda: train(toy, tmp_path / "run", changes, device="cpu"))
+    assert {path.name for path in found(tmp_path / "run")} == {"iter_4.pth", "iter_6.pth"}
+
+
+def test_nothing_is_read_again(toy, tmp_path):
+    changes = ["val_cfg=None", "val_dataloader=None", "val_evaluator=None"]
+    changes += ["default_hooks.checkpoint={'type': 'CheckpointHook', 'by_epoch': False}"]
+    stop_after(7, lambda: train(toy, tmp_path / "run", changes, device="cpu"))
+    ToyData.read.clear()
+    train(toy, tmp_path / "run", changes, device="cpu", resume=True)
+    assert len(ToyData.read) == 2 * 8
+
+
+def interrupted(toy, folder, changes=()):
+    stop_after(7, lambda: train(toy, folder, changes, device="cpu"))
+    return folder
+
+
+def test_damaged_checkpoints_are_passed_over_by_name(toy, tmp_path, capsys):
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    train(toy, whole, device="cpu")
+    interrupted(toy, run)
+    last = run / "iter_7.pth"
+    last.write_bytes(last.read_bytes()[:-100])
+    (run / "iter_8.pth.new").write_bytes(b"half")
+    (run / "last_checkpoint").write_text("")
+    capsys.readouterr()
+    assert newest(run) == run / "iter_6.pth"
+    assert "passed over: iter_7.pth: truncated or damaged" in capsys.readouterr().err
+    middle = bytearray((run / "iter_6.pth").read_bytes())
+    middle[len(middle) // 2] ^= 1
+    (run / "iter_6.pth").write_bytes(middle)
+    assert newest(run) == run / "iter_5.pth"
+    train(toy, run, device="cpu", resume=True)
+    assert equal(whole, run)
+    for path in found(run):
+        path.write_bytes(b"x")
+    with pytest.raises(ValueError, match="run: expected a whole checkpoint, all are damaged"):
+        train(toy, run, device="cpu", resume=True)
+
+
+def test_a_hostile_checkpoint_is_not_resumed(toy, tmp_path, monkeypatch):
+    run = interrupted(toy, tmp_path / "run")
+    content = read(run / "iter_7.pth")
+    content["meta"]["config"] = f"open({str(tmp_path / 'ran')!r}, 'w')"
+    torch.save(content, run / "iter_7.pth")
+    assert train(toy, run, device="cpu", resume=True)  # the key is dropped
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_full_disk_leaves_the_older_ones(toy, tmp_path):
+    run = interrupted(toy, tmp_path / "run")
+    before = {path: path.read_bytes() for path in run.glob("*.pth")}
+    size = (run / "iter_7.pth").stat().st_size
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size - 5000, limits[1]))
+    try:
+        with pytest.raises(OSError, match=r"iter_8.pth: cannot be written: File too large"):
+            train(toy, run, device="cpu", resume=True)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert before == {path: path.read_bytes() for path in run.glob("*.pth")}
+    assert not [*run.rglob("*.new")]
+
+
+def test_weights_that_are_lost_are_not_kept(toy, tmp_path):
+    changes = ["optim_wrapper.optimizer.lr=1e38", "param_scheduler=None"]
+    with pytest.raises(ValueError, match="loss: expected finite weights, got others; lower"):
+        train(toy, tmp_path / "run", changes, device="cpu")
+
+
+def test_folders(toy, tmp_path):
+    run = tmp_path / "run"
+    with pytest.raises(ValueError, match="expected a run to go on with, found none"):
+        train(toy, run, device="cpu", resume=True)
+    assert not run.exists()
+    interrupted(toy, run)
+    with pytest.raises(ValueError, match="holds a run already; --resume goes on with it"):
+        train(toy, run, device="cpu")
+    with pytest.raises(ValueError, match="another config: train_cfg.max_epochs was 3, is 4"):
+        train(toy, run, ["train_cfg.max_epochs=4"], device="cpu", resume=True)
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="file: File exists|Not a directory"):
+        train(toy, tmp_path / "file", device="cpu")
+    free = ["train_dataloader.num_workers=1", "default_hooks.logger.interval=1"]
+    assert train(toy, run, free, device="cpu", resume=True)
+
+
+def process(rank, port, toy, folder, changes):
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    os.environ.update(zip(names, (str(rank), "2", str(rank), "127.0.0.1", port), strict=True))
+    torch.set_num_threads(1)
+    train(toy, folder, changes, device="cpu")
+
+
+def test_two_processes_are_one_that_accumulates(toy, tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    changes = ["custom_hooks=[]", "param_scheduler=None"]
+    changes += ["default_hooks.checkpoint.save_best=None", "optim_wrapper.clip_grad.max_norm=1"]
+    port = str(20000 + os.getpid() % 20000)
+    steps = "train_cfg={'_delete_': True, 'by_epoch': False, 'max_iters': %d}"
+    context = multiprocessing.get_context("fork")
+    given = (port, toy, two, [*changes, steps % 4])
+    processes = [context.Process(target=process, args=(rank, *given)) for rank in range(2)]
+    for each in processes:
+        each.start()
+    changes += [steps % 8, "optim_wrapper.accumulative_counts=2"]
+    train(toy, one, changes, device="cpu")
+    for each in processes:
+        each.join(120)
+        assert each.exitcode == 0
+    # The statistics of batch norms are each process' own, and are no parameters.
+    a, b = (
+        {key: x for key, x in state(run)["state_dict"].items() if "running" not in key}
+        for run in (one, two)
+    )
+    assert all(torch.equal(a[key], b[key]) for key in a if "num_batches" not in key)
+    with pytest.raises(ValueError, match="expected a run with batches of 2 images, 2 of them"):
+        train(toy, two, changes, device="cpu", resume=True)
+
+
+def test_the_command_line(toy, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    call = lambda *args: vitarium_cli.main([*args])  # noqa: E731
+    assert call("train", str(toy), "--device", "cpu", "--set", "randomness.seed=4") == 0
+    out, err = capsys.readouterr()
+    assert out.startswith("toy/accuracy -")
+    assert out.endswith("wrote outputs/toy\n")
+    assert f"{toy}: a config of Python, which is run" in err
+    assert call("test", str(toy), "--device", "cpu", "--json", "--set", "load_skip=[]") == 0
+    out, err = capsys.readouterr()
+    assert out.startswith('{\n  "toy/accuracy": -')
+    assert "weights of outputs/toy/best_toy_accuracy" in err
+    weights = str(tmp_path / "weights.pth")
+    torch.save({"state_dict": {"head.weight": torch.ones(1, 9)}}, weights)
+    assert call("test", str(toy), "--device", "cpu", "--checkpoint", weights) == 1
+    assert "1 of another shape (head.weight is (1, 9), not (1, 144))" in capsys.readouterr().err
+    assert call("train", str(toy), "--strict") == 1
+    assert f"--strict: not for {toy}" in capsys.readouterr().err
+    assert call("train", "toyy.py") == 1
+    assert "expected a TOML or Python file or the name of one that ships" in capsys.readouterr().err
+    assert call("train", "atto_digits", "--launcher", "slurm") == 1
+    assert "--launcher: not for atto_digits" in capsys.readouterr().err
+    assert call("train", str(toy), "--launcher", "slurm") == 1
+    assert "--launcher slurm: expected SLURM_PROCID" in capsys.readouterr().err
+    monkeypatch.setattr("vitarium.tools.train.find_spec", lambda name: None)
+    assert call("train", str(toy)) == 1
+    assert 'mmdet is not installed: pip install "vitarium[det]"' in capsys.readouterr().err
+
+
+def test_a_detector_learns_writes_events_and_starts_from_weights(config, tmp_path):
+    board = "visualizer={'type': 'DetLocalVisualizer', 'vis_backends': "
+    board += "[{'type': 'LocalVisBackend'}, {'type': 'TensorboardVisBackend'}]}"
+    measures = train(config, tmp_path / "run", [board], device="cpu")
+    assert "coco/bbox_mAP" in measures
+    assert [*(tmp_path / "run").rglob("events.out.tfevents.*")]
+    assert measure(config, tmp_path / "run", device="cpu") == measures
+    start = [f"load_from={tmp_path / 'run' / 'epoch_1.pth'}", "train_cfg.max_epochs=1"]
+    start += ["optim_wrapper.optimizer.lr=0.0"]
+    assert train(config, tmp_path / "again", start, device="cpu") == measures

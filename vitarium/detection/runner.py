@@ -7,7 +7,7 @@ import re
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -286,7 +286,8 @@ def _processes(config: Config, device: str | None, launcher: str | None) -> Iter
     if config.launcher != "none":
         _join(config, cpu)
     try:
-        yield
+        with redirect_stdout(sys.stderr):  # mmengine's logs and COCO's tables
+            yield
     finally:
         mmengine.device.utils.DEVICE = before[0]
         torch.use_deterministic_algorithms(before[1])

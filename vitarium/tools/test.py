@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
-from vitarium.tools.train import chosen
+from vitarium.tools.train import chosen, config_file, overrides, require_detection
 
 
 def run(args: Namespace) -> int:
@@ -18,11 +19,28 @@ def run(args: Namespace) -> int:
         ValueError: the config, or what it names, does not fit, or there are no weights.
         OSError: the results cannot be written.
     """
-    config, name = chosen(args.config, args.set)
+    path = config_file(args.config)
+    output = Path(args.output or f"outputs/{path.stem}")
+    if path.suffix == ".py":
+        require_detection(args)
+        from vitarium.detection.runner import measure
+
+        measures = measure(
+            path,
+            output,
+            args.set,
+            checkpoint=args.checkpoint,
+            device=args.device,
+            launcher=args.launcher,
+        )
+        if os.environ.get("RANK", "0") == "0":
+            _show(measures, args)
+        return 0
+    config, _ = chosen(args.config, overrides(args))
     from vitarium.training.engine import Engine
 
     with Engine(config, args.device) as engine:
-        best = Path(args.output or f"outputs/{name}") / "best.safetensors"
+        best = output / "best.safetensors"
         if args.checkpoint is not None:
             engine.load(args.checkpoint)
         elif best.exists():

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from argparse import Namespace
+from importlib.util import find_spec
 from pathlib import Path
 
 from vitarium.tools.list import did_you_mean
@@ -10,6 +12,7 @@ from vitarium.training.config import Config
 from vitarium.training.toml import load_config
 
 _CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+_KINDS = (".toml", ".py")
 
 
 def run(args: Namespace) -> int:
@@ -20,32 +23,91 @@ def run(args: Namespace) -> int:
         OSError: the output cannot be written.
         KeyboardInterrupt: it was interrupted; a snapshot was written first.
     """
-    config, name = chosen(args.config, args.set)
-    from vitarium.training.engine import Engine
+    path = config_file(args.config)
+    output = Path(args.output or f"outputs/{path.stem}")
+    if path.suffix == ".py":
+        require_detection(args)
+        from vitarium.detection.runner import train
 
-    output = Path(args.output or f"outputs/{name}")
-    with Engine(config, args.device) as engine:
-        measures = engine.train(output, args.resume)
-        if engine.main:
-            print("  ".join(f"{key} {value:.6g}" for key, value in measures.items()))
-            print(f"wrote {output}")
+        measures = train(
+            path,
+            output,
+            args.set,
+            resume=args.resume,
+            device=args.device,
+            launcher=args.launcher,
+        )
+        main = os.environ.get("RANK", "0") == "0"
+    else:
+        config, _ = chosen(args.config, overrides(args))
+        from vitarium.training.engine import Engine
+
+        with Engine(config, args.device) as engine:
+            measures = engine.train(output, args.resume)
+            main = engine.main
+    if main:
+        print("  ".join(f"{key} {value:.6g}" for key, value in measures.items()))
+        print(f"wrote {output}")
     return 0
 
 
+def config_file(config: str) -> Path:
+    """A config by its path, or by its name among those that ship.
+
+    Raises:
+        ValueError: there is none.
+    """
+    path = Path(config)
+    if path.suffix in _KINDS and path.exists():
+        return path
+    shipped = {file.stem: file for kind in _KINDS for file in sorted(_CONFIGS.rglob(f"*{kind}"))}
+    name = path.name.removesuffix(path.suffix) if path.suffix in _KINDS else path.name
+    if (
+        name not in shipped
+        or path.parent != Path()
+        or path.suffix not in ("", shipped[name].suffix)
+    ):
+        hint = did_you_mean(name, [*shipped])
+        raise ValueError(
+            f"config: expected a TOML or Python file or the name of one that ships, got "
+            f"{config!r}{hint}"
+        )
+    return shipped[name]
+
+
 def chosen(config: str, overrides: list[str]) -> tuple[Config, str]:
-    """A config by its path, or by its name among those that ship, and what to call the run.
+    """A config of TOML by its path or name, and what to call the run.
 
     Raises:
         ValueError: there is none, or it does not describe a run.
     """
-    path = Path(config)
-    if path.suffix != ".toml" or not path.exists():
-        shipped = {file.stem: file for file in sorted(_CONFIGS.rglob("*.toml"))}
-        name = path.name.removesuffix(".toml")
-        if name not in shipped or path.parent != Path():
-            hint = did_you_mean(name, [*shipped])
-            raise ValueError(
-                f"config: expected a TOML file or the name of one that ships, got {config!r}{hint}"
-            )
-        path = shipped[name]
+    path = config_file(config)
     return load_config(path, overrides), path.stem
+
+
+def overrides(args: Namespace) -> list[str]:
+    """What the command line says instead of a TOML file.
+
+    Raises:
+        ValueError: an option that detection has alone.
+    """
+    if args.launcher is not None:
+        raise ValueError(
+            f"--launcher: not for {args.config}, which finds torchrun's processes by itself"
+        )
+    return [*args.set, *(["data.strict=true"] if args.strict else [])]
+
+
+def require_detection(args: Namespace) -> None:
+    """See that detectors can be trained here, as the command line asks.
+
+    Raises:
+        ValueError: a package is missing, or an option does not apply.
+    """
+    if args.strict:
+        raise ValueError(
+            f"--strict: not for {args.config}: mmdet stops at an image that cannot be read"
+        )
+    for package in ("mmdet", "mmcv", "mmengine"):
+        if find_spec(package) is None:
+            raise ValueError(f'{package} is not installed: pip install "vitarium[det]"')
