@@ -18,10 +18,10 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any, NoReturn
 
-from vitarium.heads.mmdet.operators import info, nms, roi
+from vitarium.heads.mmdet.operators import attention, carafe, deform, focal, info, masked, nms, roi
 
 _NAME = "mmcv._ext"
-_TOPICS = (info, nms, roi)
+_TOPICS = (attention, carafe, deform, focal, info, masked, nms, roi)
 
 
 class Extension(ModuleType):
