@@ -14,6 +14,7 @@ from vitarium.tools import detection_recipes
 RECIPES = [*detection_recipes.recipes()]
 FILES = {recipe.name: detection_recipes.FOLDER / f"{recipe.name}.py" for recipe in RECIPES}
 SMALLER = 8  # times: images, crops
+REGIONS, CHANNELS = 32, 64  # at most
 
 
 @cache
@@ -52,7 +53,8 @@ def built(config, device="cpu"):
     from mmengine.logging import MMLogger
 
     register_all_modules(init_default_scope=True)
-    MMLogger.get_instance("vitarium_tests", log_level="ERROR")  # each parameter's options else
+    if not MMLogger.check_instance_created("quiet"):  # it lists every parameter else
+        MMLogger.get_instance("quiet", log_level="ERROR")
     config.model.backbone.pretrained = False
     with torch.device(device):
         return MODELS.build(config.model)
@@ -63,7 +65,7 @@ def scenes(root):
     return ensure("detection", root, SceneSet(train=2, val=2, size=(96, 128)))
 
 
-def shrunk(name, folder, proposals=32):
+def shrunk(name, folder):
     """The config on the family's smallest model and on digit scenes, for a CPU."""
     config = parsed(name)
     backbone = config.model.backbone
@@ -75,9 +77,13 @@ def shrunk(name, folder, proposals=32):
     taker.in_channels = [channels[i] for i in indices]
     _smaller(config.train_dataloader.dataset.pipeline)
     _smaller(config.model.data_preprocessor.get("batch_augments", []))
-    _fewer(config.model, proposals)
-    if "num_points" in config.model.get("train_cfg", {}):
-        config.model.train_cfg.num_points = 128
+    most = {"num_layers": 2, "fc_out_channels": CHANNELS, "num_points": 128}
+    regions = ("num", "num_queries", "num_dn_queries", "nms_pre", "max_per_img")
+    most |= dict.fromkeys(regions, REGIONS)
+    if config.model.type in ("MaskRCNN", "CascadeRCNN", "RetinaNet"):
+        widths = ("in_channels", "out_channels", "feat_channels", "conv_out_channels")
+        most |= dict.fromkeys(widths, CHANNELS)
+    _fewer(config.model, most)
     config.optim_wrapper.type = "OptimWrapper"
     config.optim_wrapper.pop("loss_scale", None)
     config.train_dataloader.update(batch_size=1, num_workers=0, persistent_workers=False)
@@ -105,16 +111,14 @@ def _smaller(transforms):
         _smaller(each.get("transforms", []))
 
 
-def _fewer(settings, proposals):
-    """Sampled regions, queries, points, layers and channels, in place."""
-    most = dict.fromkeys(("num", "num_queries", "nms_pre", "max_per_img"), proposals)
-    most |= {"num_dn_queries": proposals, "num_layers": 2, "fc_out_channels": 64}
+def _fewer(settings, most):
+    """No number greater than what ``most`` has for its name, in place."""
     for key, value in settings.items():
-        if key in most:
+        if key in most and isinstance(value, int):
             settings[key] = min(value, most[key])
         for each in value if isinstance(value, list) else [value]:
             if isinstance(each, dict):
-                _fewer(each, proposals)
+                _fewer(each, most)
 
 
 def step(config):

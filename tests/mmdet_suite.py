@@ -117,7 +117,7 @@ def clone(source: Source, folder: Path) -> Path:
     for command in commands:
         run = subprocess.run(command, capture_output=True, text=True)
         if run.returncode:
-            reason = (run.stderr.strip() or "git failed").splitlines()[-1]
+            reason = (run.stderr.strip() or "git failed").splitlines()[0]
             sys.exit(f"mmdet_suite: {source.url} cannot be had: {reason}")
     if run.stdout.strip() != source.commit:
         sys.exit(

@@ -30,9 +30,9 @@ def test_against_loops(name):
 
 
 def test_a_wrong_operator_is_found(monkeypatch):
-    monkeypatch.setattr(suite.ops, "roi_align", lambda x, *_: x * 0)
-    with pytest.raises(AssertionError):
-        suite.worst("roi_align", cases=20, seed=1)
+    right = suite.ops.roi_align
+    monkeypatch.setattr(suite.ops, "roi_align", lambda *args: right(*args) * (1 + 1e-5))
+    assert suite.worst("roi_align", cases=20, seed=1) > suite.TOLERANCE
 
 
 def test_equal_scores_keep_the_order_of_boxes():

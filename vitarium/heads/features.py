@@ -114,7 +114,8 @@ class FeatureBackbone(nn.Module):
             whole = {*model.state_dict(), f"{model.pretrained_cfg['classifier']}.*"}
             if adapter is not None and task is not None:
                 self.model = adapter(model, task, self.out_indices)
-                norms = {f"norm{i}.*" for i in range(len(info)) if i not in self.out_indices}
+                others = [i for i in range(len(info)) if i not in self.out_indices]
+                norms = {f"{norm}{i}.*" for norm in ("norm", "extra_norms.") for i in others}
                 unused = norms | whole - self.model.state_dict().keys()
             else:
                 self.model = FeatureGetterNet(model, self.out_indices)

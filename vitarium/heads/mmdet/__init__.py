@@ -19,13 +19,11 @@ except ModuleNotFoundError as error:
     ) from error
 
 from vitarium.heads.mmdet import operators
-
-operators.provide()
-
-from vitarium.heads.mmdet.backbone import FeatureBackbone  # noqa: E402
-from vitarium.heads.mmdet.released import load_detector  # noqa: E402
+from vitarium.heads.mmdet.backbone import FeatureBackbone
+from vitarium.heads.mmdet.released import load_detector
 
 __all__ = ["FeatureBackbone", "load_detector"]
 
+operators.provide()
 if importlib.util.find_spec(f"{__name__}.stack") is not None:
     importlib.import_module(f"{__name__}.stack").mend()
