@@ -143,7 +143,7 @@ def _parser() -> argparse.ArgumentParser:
     _list_arguments(command("list", "the models of the zoo"))
     _info_arguments(command("info", "all that is known about one model"))
     _download_arguments(command("download", "weights into the cache, verified"))
-    _predict_arguments(command("predict", "classify images"))
+    _predict_arguments(command("predict", "classify images, or find objects on them"))
     _picture_arguments(command("features", "picture a model's feature pyramid of an image"))
     _visualize_arguments(command("visualize", "picture what a pixel attends to, NAT and DiNAT"))
     command("doctor", "versions, devices, and which implementation each op would run and why")
@@ -219,13 +219,22 @@ def _download_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _predict_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("images", nargs="+", metavar="IMAGE", help="image files")
-    parser.add_argument("--model", required=True, metavar="NAME", help="a vitarium or timm model")
+    kind = parser.add_mutually_exclusive_group(required=True)
+    kind.add_argument("--model", metavar="NAME", help="a classifier: a vitarium or timm model")
+    text = "a detector: a Python file of mmdet's, which is run, or the name of one that ships"
+    kind.add_argument("--config", metavar="CONFIG", help=text)
     parser.add_argument(
-        "--checkpoint", metavar="FILE", help="weights to use instead of the pretrained ones"
+        "--checkpoint", metavar="FILE", help="a detector's weights, or a classifier's own"
     )
     parser.add_argument(
-        "--topk", type=_positive, default=5, metavar="K", help="classes per image (default: 5)"
+        "--topk", type=_positive, metavar="K", help="classes per image (default: 5)"
     )
+    text = "of a detector, objects with at least this score (default: 0.3)"
+    parser.add_argument("--threshold", type=float, metavar="P", help=text)
+    text = "of a detector, where pictures go (default: outputs)"
+    parser.add_argument("--out", metavar="DIR", help=text)
+    text = "of a detector, instead of what CONFIG says; may be repeated"
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help=text)
     _device_argument(parser)
     output = parser.add_mutually_exclusive_group()
     output.add_argument("--csv", metavar="FILE", help="write the predictions to FILE too")

@@ -1,4 +1,4 @@
-"""`vitarium predict`: the likeliest classes of images, by any vitarium or timm model."""
+"""`vitarium predict`: the likeliest classes of images, by any model, or objects, by a detector."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import json
 import os
 import sys
 from argparse import Namespace
+from pathlib import Path
 from typing import Any
 
 import timm
@@ -19,17 +20,28 @@ from timm.data import (
 )
 
 from vitarium.checkpoints import load
-from vitarium.tools._common import check_model, pick_device, read_image
+from vitarium.tools._common import check_model, pick_device, read_image, save
+from vitarium.tools.train import config_file, require_detection
+
+_TOPK = 5  # classes of an image
+_THRESHOLD = 0.3  # least score of what is shown
 
 
 def run(args: Namespace) -> int:
     """Predict every image; one that cannot be read gets a line on stderr, and the rest goes on.
 
     Raises:
-        ValueError: unknown model, no weights, a checkpoint that does not fit, no such device.
-        OSError: the CSV file cannot be written.
+        ValueError: unknown model or config, no weights, a checkpoint that does not fit, no such
+            device, an option that does not apply.
+        OSError: a file cannot be written.
     """
     device = pick_device(args.device)
+    if args.config is not None:
+        return _detect(args, device)
+    for option in ("set", "out", "threshold"):
+        if getattr(args, option):
+            raise ValueError(f"--{option}: not for --model, which classifies")
+    topk = args.topk or _TOPK
     cfg = check_model(args.model, pretrained=args.checkpoint is None)
     if cfg.num_classes == 0:
         raise ValueError(f"{args.model} has no classifier")
@@ -53,7 +65,7 @@ def run(args: Namespace) -> int:
                 continue
             with torch.inference_mode():
                 logits = model(transform(image)[None].to(device))[0].float()
-            probabilities, indices = logits.softmax(0).topk(min(args.topk, len(logits)))
+            probabilities, indices = logits.softmax(0).topk(min(topk, len(logits)))
             found = [
                 {"index": i, "label": labels[i], "probability": p}
                 for i, p in zip(indices.tolist(), probabilities.tolist(), strict=True)
@@ -64,6 +76,55 @@ def run(args: Namespace) -> int:
                 print(path)
                 for row in found:
                     print(f"  {row['probability']:7.2%}  {row['label']}")
+    if args.json:
+        print(json.dumps(results, indent=2))
+    if args.csv:
+        print(f"wrote {args.csv}")
+    return int(any("error" in result for result in results))
+
+
+def _detect(args: Namespace, device: torch.device) -> int:
+    """Find objects, print them, and draw them on copies of the images."""
+    path = config_file(args.config)
+    if path.suffix != ".py":
+        raise ValueError(f"--config: expected that of a detector, got {args.config}")
+    if args.checkpoint is None:
+        raise ValueError("--checkpoint: expected the detector's weights, got none")
+    if args.topk is not None:
+        raise ValueError("--topk: not for --config; --threshold says what is shown")
+    require_detection()
+    from vitarium.detection.pictures import draw
+    from vitarium.detection.predictor import Predictor
+
+    predictor = Predictor(path, args.checkpoint, device, args.set)
+    out = Path(args.out or "outputs")
+    threshold = _THRESHOLD if args.threshold is None else args.threshold
+    out.mkdir(parents=True, exist_ok=True)
+    results: list[dict[str, Any]] = []
+    with open(args.csv or os.devnull, "w", newline="", encoding="utf-8") as file:
+        table = csv.writer(file)
+        table.writerow(("image", "rank", "index", "label", "score", "x1", "y1", "x2", "y2"))
+        for name in args.images:
+            try:
+                image = read_image(name)
+            except ValueError as error:
+                print(f"vitarium: error: {error}", file=sys.stderr)
+                results.append({"image": name, "error": str(error)})
+                continue
+            objects = predictor(image, threshold)
+            picture = out / f"{Path(name).stem}.objects.png"
+            save(draw(image, objects, predictor.names), picture)
+            rows = objects.rows(predictor.names)
+            results.append({"image": name, "picture": str(picture), "predictions": rows})
+            for rank, row in enumerate(rows, 1):
+                values = (row["index"], row["label"], row["score"], *row["box"])
+                table.writerow((name, rank, *values))
+            if not args.json:
+                print(name)
+                for row in rows:
+                    sides = " ".join(f"{x:.0f}" for x in row["box"])
+                    print(f"  {row['score']:7.2%}  {row['label']}  [{sides}]")
+                print(f"wrote {picture}")
     if args.json:
         print(json.dumps(results, indent=2))
     if args.csv:
