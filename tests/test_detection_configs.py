@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import os
 import re
 import subprocess
 import sys
@@ -17,7 +18,7 @@ pytest.importorskip("mmdet")
 import detectors
 from detectors import FILES, GOLDENS, RECIPES, built, entry_of, head_of, parsed, shrunk, step
 
-import vitarium.heads.mmdet  # noqa: F401
+import vitarium.heads.mmdet
 from vitarium.backbones._registry import entries
 from vitarium.heads.features import FeatureBackbone
 from vitarium.tools import detection_recipes, recipes
@@ -255,6 +256,7 @@ def test_mmdets_own_program_trains_a_config(scenes, tmp_path):
     for key in ("test_cfg", "test_dataloader", "test_evaluator"):
         config[key] = None
     config.model.backbone.pretrained = False
+    config.default_hooks.checkpoint.by_epoch = False
     path = tmp_path / "config.py"
     config.dump(path)
     tool = Path(mmdet.__path__[0]) / ".mim/tools/train.py"
@@ -263,6 +265,7 @@ def test_mmdets_own_program_trains_a_config(scenes, tmp_path):
         capture_output=True,
         text=True,
         check=False,
+        env={**os.environ, "PYTHONPATH": str(Path(vitarium.__file__).parents[1])},
     )
     assert ran.returncode == 0, ran.stderr[-2000:]
     assert (tmp_path / "run" / "iter_1.pth").exists()
