@@ -1,7 +1,9 @@
 """The configs of detectors that ship, shrunk to what one CPU trains in a second."""
 
+import json
 from copy import deepcopy
 from functools import cache
+from pathlib import Path
 
 import timm
 import torch
@@ -13,6 +15,7 @@ from vitarium.tools import detection_recipes
 
 RECIPES = [*detection_recipes.recipes()]
 FILES = {recipe.name: detection_recipes.FOLDER / f"{recipe.name}.py" for recipe in RECIPES}
+_FOLDER = Path(__file__).parent / "golden"
 SMALLER = 8  # times: images, crops
 REGIONS, CHANNELS = 32, 64  # at most
 
@@ -34,16 +37,29 @@ def head_of(name):
 
 
 def entry_of(name):
-    return parsed(name).model.backbone.name.partition(".")[0]
+    recipe = next(x for x in RECIPES if x.name == name)
+    return recipe.settings["model"]["backbone"]["name"].partition(".")[0]
+
+
+def _goldens():
+    """Entry -> the authors' description of their backbone in detection."""
+    found = {}
+    for index in sorted(_FOLDER.glob("*/index.json")):
+        for case, row in json.loads(index.read_text()).items():
+            if case.endswith("_det") and row.get("api") == "features":
+                found[row["entry"]] = index.parent / f"{case}.json"
+    return found
+
+
+GOLDENS = _goldens()
 
 
 def of_each(*parts):
     """The first recipe of each kind, of which ``head`` and ``family`` are told."""
     kinds = {}
-    for recipe in RECIPES:
-        entry = recipe.settings["model"]["backbone"]["name"].partition(".")[0]
-        kind = {"head": head_of(recipe.name), "family": detection_recipes.family_of(entry)}
-        kinds.setdefault(tuple(kind[part] for part in parts), recipe.name)
+    for name in FILES:
+        kind = {"head": head_of(name), "family": detection_recipes.family_of(entry_of(name))}
+        kinds.setdefault(tuple(kind[part] for part in parts), name)
     return [*kinds.values()]
 
 

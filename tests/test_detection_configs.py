@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import os
 import re
 import subprocess
 import sys
@@ -15,14 +16,13 @@ import torch
 pytest.importorskip("mmdet")
 
 import detectors
-from detectors import FILES, RECIPES, built, entry_of, head_of, parsed, shrunk, step
+from detectors import FILES, GOLDENS, RECIPES, built, entry_of, head_of, parsed, shrunk, step
 
-import vitarium.heads.mmdet  # noqa: F401
+import vitarium.heads.mmdet
 from vitarium.backbones._registry import entries
 from vitarium.heads.features import FeatureBackbone
 from vitarium.tools import detection_recipes, recipes
 
-GOLDENS = Path(__file__).parent / "golden"
 NAMES = [*FILES]
 EACH = detectors.of_each("head", "family")
 # Millions of parameters, as the authors' READMEs have them.
@@ -99,6 +99,7 @@ def test_a_config_holds_numbers_only_and_a_header(recipe):
     for key in ("Hardware", "Expected result", "Source", "Differs"):
         assert joined.count(f"\n# {key}: ") == 1
     assert "not run" in joined
+    assert ("\n# Weights: from a browser" in joined) == ("biformer" in recipe.name)
     commands = joined.replace(" \\\n#     ", " ")
     assert f"torchrun --nproc_per_node 8 -m vitarium_cli train {recipe.name}\n" in commands
     assert f"vitarium train {recipe.name} --set train_dataloader.batch_size=16\n" in commands
@@ -178,17 +179,7 @@ def test_every_model_builds_with_as_many_parameters_as_published(name):
         assert [*model.backbone.strides] == [4, 8, 16, 32][-len(model.backbone.strides) :]
 
 
-def det_goldens():
-    """Entry -> the authors' description of their backbone in detection."""
-    found = {}
-    for index in sorted(GOLDENS.glob("*/index.json")):
-        for case, row in json.loads(index.read_text()).items():
-            if case.endswith("_det") and row.get("api") == "features":
-                found[row["entry"]] = index.parent / f"{case}.json"
-    return found
-
-
-@pytest.mark.parametrize("entry", sorted(det_goldens()))
+@pytest.mark.parametrize("entry", sorted(GOLDENS))
 def test_weight_decay_spares_what_the_authors_spare(entry):
     from mmengine.optim import build_optim_wrapper
 
@@ -206,7 +197,7 @@ def test_weight_decay_spares_what_the_authors_spare(entry):
         for p in group["params"]
         if group["weight_decay"] == 0 and names[id(p)].startswith("backbone.")
     }
-    theirs = json.loads(det_goldens()[entry].read_text())["tensors"]
+    theirs = json.loads(GOLDENS[entry].read_text())["tensors"]
     renames = entries()[entry]._RENAMES
     expected = {renames.ours(x) for x in theirs if any(part in x for part in UNDECAYED[family])}
     parameters = {k.removeprefix("model.") for k, _ in model.backbone.named_parameters()}
@@ -265,6 +256,7 @@ def test_mmdets_own_program_trains_a_config(scenes, tmp_path):
     for key in ("test_cfg", "test_dataloader", "test_evaluator"):
         config[key] = None
     config.model.backbone.pretrained = False
+    config.default_hooks.checkpoint.by_epoch = False
     path = tmp_path / "config.py"
     config.dump(path)
     tool = Path(mmdet.__path__[0]) / ".mim/tools/train.py"
@@ -273,6 +265,7 @@ def test_mmdets_own_program_trains_a_config(scenes, tmp_path):
         capture_output=True,
         text=True,
         check=False,
+        env={**os.environ, "PYTHONPATH": str(Path(vitarium.__file__).parents[1])},
     )
     assert ran.returncode == 0, ran.stderr[-2000:]
     assert (tmp_path / "run" / "iter_1.pth").exists()

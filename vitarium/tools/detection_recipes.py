@@ -67,6 +67,7 @@ class Family:
         crops: whether the authors vary the size of images, in any schedule.
         no_decay: parts of the names of parameters without weight decay.
         amp: the scale of the loss in mixed precision, or None for float32.
+        differs: what is not as published in any of them.
         tag: of the classifier that training begins with; None for the entry's first.
     """
 
@@ -77,17 +78,21 @@ class Family:
     crops: bool = True
     no_decay: tuple[str, ...] = ()
     amp: float | str | None = None
+    differs: tuple[str, ...] = ()
     tag: str | None = None
 
 
+_MMCV_AMP = ("mixed precision is torch's, theirs is of the parts that mmdet 2 marks",)
 _SHI = Family(
     repository="SHI-Labs/Neighborhood-Attention-Transformer d334f5b",
     org="shi",
     file="detection/configs/{family}/{head}_{entry}_{schedule}_coco.py",
     no_decay=("rpb", "norm"),
     amp=512.0,
+    differs=_MMCV_AMP,
 )
 _AGENT = "LeapLabTHU/Agent-Attention 207ce3e"
+_AGENT_GPUS = ("8 GPUs are assumed, their number is not stated",)
 _AGENT_HEADS = {"mask_rcnn": "mrcnn", "cascade_mask_rcnn": "crcnn", "retinanet": "rtn"}
 _AGENT_FOLDER = "downstream/detection/configs"
 _AGENT_BIASES = ("an_bias", "na_bias", "ah_bias", "aw_bias", "ha_bias", "wa_bias")
@@ -102,6 +107,7 @@ FAMILIES = {
         heads={"mask_rcnn": "maskrcnn"},
         crops=False,
         amp=512.0,
+        differs=_MMCV_AMP,
     ),
     "agent_swin": Family(
         repository=_AGENT,
@@ -109,6 +115,7 @@ FAMILIES = {
         file=_AGENT_FOLDER + "/agent_swin/agent_swin_{size}_{head}_{schedule}_9-12-14-7.py",
         heads=_AGENT_HEADS,
         no_decay=("relative_position_bias_table", "norm", *_AGENT_BIASES),
+        differs=_AGENT_GPUS,
     ),
     "agent_pvt": Family(
         repository=_AGENT,
@@ -116,6 +123,7 @@ FAMILIES = {
         file=_AGENT_FOLDER + "/agent_pvt/agent_pvt_{size}_{head}_{schedule}_12-16-28-28.py",
         heads=_AGENT_HEADS,
         crops=False,
+        differs=_AGENT_GPUS,
     ),
     "fused_davit": Family(
         repository="dingmyu/davit fc79470",
@@ -129,6 +137,7 @@ FAMILIES = {
         file="configs/swin/{head}_{swin}_mstrain_480-800_{giou}adamw_{schedule}_coco.py",
         no_decay=("relative_position_bias_table", "norm"),
         amp="dynamic",
+        differs=("mixed precision is torch's, theirs is apex'",),
         tag="microsoft_in1k",
     ),
 }
@@ -308,20 +317,22 @@ def _pyramid(head: str, schedule: str, entry: str, row: Row) -> Recipe:
         settings["optim_wrapper"]["paramwise_cfg"] = {"custom_keys": keys}
     released = f"{entry}.{theirs.org}_{head}_{schedule}_coco"
     published = next((x for x in rows() if x["name"] == released), None)
+    differs: tuple[str, ...]
     if published is None:
-        source = f"{row.like}.py for the optimizer and the drop path; mmdet 3.3.0"
-        source += " and Swin's crops" if crops and not theirs.crops else ""
-        expected, released = "unknown, its authors publish none", ""
+        source = f"{row.like}.py for the optimizer and the drop path; mmdet 3.3.0 for the rest"
+        source += ", Swin's authors for crops" if crops and not theirs.crops else ""
+        expected, differs = "unknown, its authors publish none", ()
     else:
         source = f"{theirs.repository}, {_file(theirs, family, head, schedule, entry)}"
         expected = f"{_results(published)} ({published['source']})"
+        differs = (*(theirs.differs if row.amp else ()), *row.differs)
     unreleased = published is None or published["weights"]["source"] == "not released"
     return Recipe(
         name=f"{head}_{entry}_{schedule}_coco",
         title=f"{TITLES[head]} on {entry}, COCO, {_EPOCHS[schedule]} epochs",
         expected=expected,
         source=source,
-        differs=row.differs if published is not None else (),
+        differs=differs,
         released=None if unreleased else released,
         settings=settings,
     )

@@ -9,7 +9,7 @@
 # Expected result: box AP 51.4, mask AP 44.5 (README of LeapLabTHU/Agent-Attention, 207ce3e)
 # Source: LeapLabTHU/Agent-Attention 207ce3e,
 #     downstream/detection/configs/agent_swin/agent_swin_t_crcnn_3x_9-12-14-7.py
-# Differs: in nothing known
+# Differs: 8 GPUs are assumed, their number is not stated
 # Released detector: agent_swin_tiny.leaplab_cascade_mask_rcnn_3x_coco
 custom_imports = {"imports": ["vitarium.heads.mmdet"]}
 _base_ = ["_base_/cascade_mask_rcnn.py", "_base_/coco_instance_crops.py", "_base_/schedule_3x.py"]

@@ -7,8 +7,8 @@
 #
 # Hardware: 8 GPUs; not run
 # Expected result: unknown, its authors publish none
-# Source: mask_rcnn_biformer_small_1x_coco.py for the optimizer and the drop path; mmdet 3.3.0 and
-#     Swin's crops
+# Source: mask_rcnn_biformer_small_1x_coco.py for the optimizer and the drop path; mmdet 3.3.0 for
+#     the rest, Swin's authors for crops
 # Differs: in nothing known
 # Weights: from a browser, then vitarium download biformer_small --file FILE
 custom_imports = {"imports": ["vitarium.heads.mmdet"]}

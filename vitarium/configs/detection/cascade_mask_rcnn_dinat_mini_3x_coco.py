@@ -10,7 +10,7 @@
 #     d334f5b)
 # Source: SHI-Labs/Neighborhood-Attention-Transformer d334f5b,
 #     detection/configs/dinat/cascade_mask_rcnn_dinat_mini_3x_coco.py
-# Differs: in nothing known
+# Differs: mixed precision is torch's, theirs is of the parts that mmdet 2 marks
 # Released detector: dinat_mini.shi_cascade_mask_rcnn_3x_coco
 custom_imports = {"imports": ["vitarium.heads.mmdet"]}
 _base_ = ["_base_/cascade_mask_rcnn.py", "_base_/coco_instance_crops.py", "_base_/schedule_3x.py"]

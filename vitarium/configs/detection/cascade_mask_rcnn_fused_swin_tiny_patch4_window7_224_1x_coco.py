@@ -10,7 +10,7 @@
 #     SwinTransformer/Swin-Transformer-Object-Detection, c7b2011)
 # Source: SwinTransformer/Swin-Transformer-Object-Detection c7b2011, configs/swin/cascade_mask_rcnn_
 #     swin_tiny_patch4_window7_mstrain_480-800_giou_4conv1f_adamw_1x_coco.py
-# Differs: in nothing known
+# Differs: mixed precision is torch's, theirs is apex'
 # Released detector: fused_swin_tiny_patch4_window7_224.microsoft_cascade_mask_rcnn_1x_coco
 custom_imports = {"imports": ["vitarium.heads.mmdet"]}
 _base_ = ["_base_/cascade_mask_rcnn.py", "_base_/coco_instance_crops.py", "_base_/schedule_1x.py"]

@@ -9,7 +9,7 @@
 # Expected result: box AP 44.5, mask AP 41.2 (README of LeapLabTHU/Agent-Attention, 207ce3e)
 # Source: LeapLabTHU/Agent-Attention 207ce3e,
 #     downstream/detection/configs/agent_pvt/agent_pvt_s_mrcnn_1x_12-16-28-28.py
-# Differs: in nothing known
+# Differs: 8 GPUs are assumed, their number is not stated
 # Released detector: agent_pvt_small.leaplab_mask_rcnn_1x_coco
 custom_imports = {"imports": ["vitarium.heads.mmdet"]}
 _base_ = ["_base_/mask_rcnn.py", "_base_/coco_instance.py", "_base_/schedule_1x.py"]

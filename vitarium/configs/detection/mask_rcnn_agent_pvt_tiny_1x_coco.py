@@ -9,7 +9,7 @@
 # Expected result: box AP 41.4, mask AP 38.7 (README of LeapLabTHU/Agent-Attention, 207ce3e)
 # Source: LeapLabTHU/Agent-Attention 207ce3e,
 #     downstream/detection/configs/agent_pvt/agent_pvt_t_mrcnn_1x_12-16-28-28.py
-# Differs: in nothing known
+# Differs: 8 GPUs are assumed, their number is not stated
 # Released detector: agent_pvt_tiny.leaplab_mask_rcnn_1x_coco
 custom_imports = {"imports": ["vitarium.heads.mmdet"]}
 _base_ = ["_base_/mask_rcnn.py", "_base_/coco_instance.py", "_base_/schedule_1x.py"]

@@ -8,7 +8,7 @@
 # Hardware: 8 GPUs; not run
 # Expected result: box AP 47.8, mask AP 43.2 (README of rayleizhu/BiFormer, 1697bbb)
 # Source: rayleizhu/BiFormer 1697bbb, object_detection/configs/coco/maskrcnn.1x.biformer_small.py
-# Differs: in nothing known
+# Differs: mixed precision is torch's, theirs is of the parts that mmdet 2 marks
 # Weights: from a browser, then vitarium download biformer_small --file FILE
 custom_imports = {"imports": ["vitarium.heads.mmdet"]}
 _base_ = ["_base_/mask_rcnn.py", "_base_/coco_instance.py", "_base_/schedule_1x.py"]

@@ -7,7 +7,8 @@
 #
 # Hardware: 8 GPUs; not run
 # Expected result: unknown, its authors publish none
-# Source: mask_rcnn_dinat_mini_3x_coco.py for the optimizer and the drop path; mmdet 3.3.0
+# Source: mask_rcnn_dinat_mini_3x_coco.py for the optimizer and the drop path; mmdet 3.3.0 for the
+#     rest
 # Differs: in nothing known
 custom_imports = {"imports": ["vitarium.heads.mmdet"]}
 _base_ = ["_base_/mask_rcnn.py", "_base_/coco_instance_crops.py", "_base_/schedule_1x.py"]

@@ -10,7 +10,7 @@
 #     SwinTransformer/Swin-Transformer-Object-Detection, c7b2011)
 # Source: SwinTransformer/Swin-Transformer-Object-Detection c7b2011,
 #     configs/swin/mask_rcnn_swin_small_patch4_window7_mstrain_480-800_adamw_3x_coco.py
-# Differs: in nothing known
+# Differs: mixed precision is torch's, theirs is apex'
 # Released detector: fused_swin_small_patch4_window7_224.microsoft_mask_rcnn_3x_coco
 custom_imports = {"imports": ["vitarium.heads.mmdet"]}
 _base_ = ["_base_/mask_rcnn.py", "_base_/coco_instance_crops.py", "_base_/schedule_3x.py"]

@@ -9,7 +9,7 @@
 # Expected result: box AP 44.1 (README of LeapLabTHU/Agent-Attention, 207ce3e)
 # Source: LeapLabTHU/Agent-Attention 207ce3e,
 #     downstream/detection/configs/agent_pvt/agent_pvt_s_rtn_1x_12-16-28-28.py
-# Differs: in nothing known
+# Differs: 8 GPUs are assumed, their number is not stated
 # Released detector: agent_pvt_small.leaplab_retinanet_1x_coco
 custom_imports = {"imports": ["vitarium.heads.mmdet"]}
 _base_ = ["_base_/retinanet.py", "_base_/coco_detection.py", "_base_/schedule_1x.py"]
