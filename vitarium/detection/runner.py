@@ -53,8 +53,9 @@ class DetectionRunner(Runner):
 
     @property
     def _detector(self) -> nn.Module:
-        model: nn.Module = self.model
-        return model.module if is_model_wrapper(model) else model
+        model: Any = self.model
+        detector: nn.Module = model.module if is_model_wrapper(model) else model
+        return detector
 
     def build_model(self, model: Any) -> nn.Module:
         """The detector that a config's ``model`` describes, if its parts fit."""
@@ -165,7 +166,7 @@ def train(
         with _registered():
             runner = DetectionRunner.from_cfg(config)
             # Whatever does not fit was said by then: a new folder is left without a run.
-            runner.begin = lambda: save_config(config, output / _CONFIG)
+            runner.begin = lambda: None if resume else _begin(output, config)
             with interruption() as runner.interrupted:
                 runner.train()
         return dict(runner.train_loop.measures)
@@ -231,16 +232,20 @@ def _check_folder(output: Path, config: Config, resume: bool) -> None:
         raise ValueError(f"{output}: its run has another config: {name} was {was!r}, is {now!r}")
 
 
+def _begin(output: Path, config: Config) -> None:
+    if is_main_process():
+        save_config(config, output / _CONFIG)
+
+
 def _check_layout(checkpoint: Path, config: Config) -> None:
     """Iterations are counted in batches of a process, so these must stay as they were."""
+    names = ("images a batch", "batches a step and process", "processes")
     before = read(checkpoint, outline=True)["meta"].get("layout")
     accumulation = config.optim_wrapper.get("accumulative_counts", 1)
     now = [config.train_dataloader.batch_size, accumulation, get_world_size()]
     if before != now:
-        raise ValueError(
-            f"{checkpoint}: expected a run with batches of {now[0]} images, {now[1]} of them a "
-            f"step, in {now[2]} processes; got {before}"
-        )
+        said = ", ".join(f"{number} {name}" for number, name in zip(now, names, strict=True))
+        raise ValueError(f"{checkpoint}: expected {said}, as here, its run had {before}")
 
 
 @contextmanager
