@@ -89,6 +89,11 @@ def _check_runner(config: Config) -> None:
             "randomness.diff_rank_seed: expected False, got True; processes draw unlike each other "
             "without it"
         )
+    if "optimizer" not in config.optim_wrapper:
+        raise ValueError(f"optim_wrapper: expected one optimizer, got {config.optim_wrapper}")
+    for key, option in (("resume", "--resume"), ("work_dir", "--output")):
+        if config.get(key):
+            raise ValueError(f"{key}: expected none, got {config[key]!r}; {option} says that")
     hook = config.get("default_hooks", {}).get("checkpoint", {})
     if hook is None or hook.get("type", "CheckpointHook") != "CheckpointHook":
         raise ValueError(f"default_hooks.checkpoint: expected a CheckpointHook, got {hook}")
