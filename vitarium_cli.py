@@ -312,6 +312,8 @@ def _bench_arguments(parser: argparse.ArgumentParser) -> None:
     kind("convert", "time and memory of converting a checkpoint of 200 M parameters", 5)
     digits = kind("digits", "small models trained on the digits, side by side")
     digits.add_argument("names", nargs="*", metavar="MODEL", help="(default: every *_atto)")
+    text = "trainings at a time, a thread each (default: 1)"
+    digits.add_argument("--jobs", type=_positive, default=1, metavar="N", help=text)
     digits.add_argument("--plot", metavar="DIR", help="draw the results into DIR")
     kind("startup", "what the program and the package cost before they do anything", 5)
     plot = kind("plot", "pictures of results, of `bench models` and of timm's benchmark.py")

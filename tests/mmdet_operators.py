@@ -74,6 +74,25 @@ def threshold(rng: Generator, boxes: np.ndarray) -> float:
     return float(rng.choice([0.1, 0.2, 0.25, 0.3, 0.5, 0.6, 0.7, 0.9, float(rng.random())]))
 
 
+def bbox_overlaps(rng: Generator) -> float:
+    (first, _), (second, _) = boxes_and_scores(rng), boxes_and_scores(rng)
+    first, second = first.astype(np.float64), second.astype(np.float64)
+    offset, aligned = int(rng.integers(0, 2)), bool(rng.integers(0, 2))
+    mode = str(rng.choice(["iou", "iof"]))
+    if aligned:
+        first, second = first[: len(second)], second[: len(first)]
+    expected = np.zeros((len(first), len(second)))
+    for i, j in np.ndindex(*expected.shape):
+        value = overlap(first[i], second[j], offset)
+        if mode == "iof" and value:
+            areas = [np.prod(x[2:] - x[:2] + offset) for x in (first[i], second[j])]
+            value = value / (1 + value) * sum(areas) / areas[0]  # shared / (a + b) = v / (1 + v)
+        expected[i, j] = value
+    expected = expected.diagonal() if aligned else expected
+    arrays = torch.from_numpy(first), torch.from_numpy(second)
+    return error(ops.bbox_overlaps(*arrays, mode, aligned, offset), expected)
+
+
 def by_score(scores: np.ndarray) -> list[int]:
     return sorted(range(len(scores)), key=lambda i: (-scores[i], i))
 
@@ -488,6 +507,7 @@ def carafe_naive(rng: Generator) -> float:
 CASES: dict[str, Callable[[Generator], float]] = {
     case.__name__: case
     for case in (
+        bbox_overlaps,
         nms,
         soft_nms,
         nms_match,

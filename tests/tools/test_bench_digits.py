@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
@@ -44,7 +43,7 @@ def test_goals_are_ours_only(monkeypatch, capsys):
     }
     monkeypatch.setattr(bench_digits, "_trained", lambda shown, model: results[shown])
     kept = []
-    bench_digits.measure(Console(), [*results], lambda rows: kept.append(len(rows)))
+    bench_digits.measure(Console(), [*results], 1, lambda rows: kept.append(len(rows)))
     assert kept == [1, 2]
     out = capsys.readouterr().out
     assert "least of ours: 97.50 %, goal 97 %: met" in out
@@ -52,10 +51,9 @@ def test_goals_are_ours_only(monkeypatch, capsys):
 
 
 def test_a_training_that_fails_says_why(monkeypatch):
-    failed = SimpleNamespace(returncode=1, stderr="no such thing")
-    monkeypatch.setattr(bench_digits.subprocess, "run", lambda *args, **kwargs: failed)
-    with pytest.raises(RuntimeError, match="no such thing"):
-        bench_digits.measure(Console(), ["nat_atto"], lambda rows: None)
+    monkeypatch.setattr(bench_digits, "RECIPE", "no_such_thing")
+    with pytest.raises(RuntimeError, match="no_such_thing"):
+        bench_digits.measure(Console(), ["nat_atto"], 2, lambda rows: None)
 
 
 def test_picture(tmp_path):

@@ -93,7 +93,7 @@ def run(args: Namespace) -> int:
         elif args.what == "digits":
             from vitarium.tools import bench_digits
 
-            rows = bench_digits.measure(console, args.names, save)
+            rows = bench_digits.measure(console, args.names, args.jobs, save)
         elif args.what == "embed":
             from vitarium.tools import bench_embed
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -45,12 +46,15 @@ _PEERS = {
 }
 
 
-def measure(console: Console, names: Sequence[str], save: Callable[[list[Row]], None]) -> list[Row]:
-    """Train each, one after the other, in a fresh process on one thread; print as they come.
+def measure(
+    console: Console, names: Sequence[str], jobs: int, save: Callable[[list[Row]], None]
+) -> list[Row]:
+    """Train each in a fresh process on one thread; print as they come.
 
     Args:
         console: where the table goes.
         names: models and globs; none for every ``*_atto`` of ours and two of timm's.
+        jobs: how many are trained at a time.
         save: keeps the rows so far, after each training.
 
     Raises:
@@ -61,10 +65,16 @@ def measure(console: Console, names: Sequence[str], save: Callable[[list[Row]], 
     if not models:
         models = {name: _Peer(name) for name in entries() if name.endswith("_atto")} | _PEERS
     rows = []
-    for shown, model in models.items():
-        rows.append(_trained(shown, model))
-        console.print(_line(rows[-1]))
-        save(rows)
+    with ThreadPoolExecutor(jobs) as pool:
+        trainings = [pool.submit(_trained, shown, model) for shown, model in models.items()]
+        try:
+            for training in as_completed(trainings):
+                rows.append(training.result())
+                console.print(_line(rows[-1]))
+                save(rows)
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
     columns = ["", "M parameters", "top-1 %", "wrong of 360", "CPU s"]
     formats = {"param_count": ".2f", "top1": ".2f", "wrong": "d", "cpu_s": ".0f"}
     table = [
@@ -93,28 +103,34 @@ def _trained(shown: str, model: _Peer) -> Row:
         for key, value in model.kwargs.items():
             command += ["--set", f"model.kwargs.{key}={value}"]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        before = os.times()
-        done = subprocess.run(command, capture_output=True, text=True, env=environment)
-        after = os.times()
-        if done.returncode:
-            raise RuntimeError(f"{' '.join(command)}: {done.stderr}")
+        seconds = _ran(command, environment, Path(folder) / "errors")
         epochs = load_config(out / "config.toml").schedule.epochs
         with (out / "log.csv").open(encoding="utf-8", newline="") as file:
             top1 = [
                 float(row["value"]) for row in csv.DictReader(file) if row["name"] == "val_top1"
             ]
     network = timm.create_model(model.name, num_classes=10, **model.kwargs, device="meta")
-    seconds = after.children_user + after.children_system
     return {
         "model": shown,
         "param_count": round(sum(p.numel() for p in network.parameters()) / 1e6, 3),
         "top1": top1[-1],
         "wrong": round(3.6 * (100 - top1[-1])),
-        "cpu_s": round(seconds - before.children_user - before.children_system, 1),
+        "cpu_s": round(seconds, 1),
         "recipe": RECIPE,
         "epochs": epochs,
         "vitarium": vitarium.__version__,
     }
+
+
+def _ran(command: list[str], environment: dict[str, str], errors: Path) -> float:
+    """Seconds of CPU time that the command took."""
+    with errors.open("wb") as file:
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=file, env=environment)
+        _, status, usage = os.wait4(process.pid, 0)  # of this process, not of all there were
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise RuntimeError(f"{' '.join(command)}: {errors.read_text(errors='replace')}")
+    return usage.ru_utime + usage.ru_stime
 
 
 def _line(row: Row) -> str:

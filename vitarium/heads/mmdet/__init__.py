@@ -19,12 +19,10 @@ except ModuleNotFoundError as error:
     ) from error
 
 from vitarium.heads.mmdet import operators
-
-operators.provide()
-
-from vitarium.heads.mmdet.backbone import FeatureBackbone  # noqa: E402
+from vitarium.heads.mmdet.backbone import FeatureBackbone
 
 __all__ = ["FeatureBackbone"]
 
+operators.provide()
 if importlib.util.find_spec(f"{__name__}.stack") is not None:
     importlib.import_module(f"{__name__}.stack").mend()

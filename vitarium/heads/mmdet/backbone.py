@@ -11,6 +11,7 @@ import timm
 from mmdet.registry import MODELS
 from torch import Tensor, nn
 
+from vitarium.backbones._registry import entries, released
 from vitarium.heads import features
 
 
@@ -57,11 +58,9 @@ class FeatureBackbone(features.FeatureBackbone):
         init_cfg: Mapping[str, Any] | None = None,
         **model_kwargs: Any,
     ) -> None:
-        if not timm.is_model(name):
-            known = (
-                timm.list_models() + timm.list_pretrained() if "." in name else timm.list_models()
-            )
-            near = ", ".join(get_close_matches(name, known, cutoff=0.5)) or "nothing"
+        known = _names(with_tags="." in name)
+        if name not in known:
+            near = ", ".join(get_close_matches(name, known)) or "nothing"
             raise ValueError(
                 f"name: expected a model of vitarium or timm, got {name!r}; near it: {near}"
             )
@@ -95,6 +94,14 @@ class FeatureBackbone(features.FeatureBackbone):
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
         """Image [B, in_chans, H, W] -> maps [B, channels[i], H / strides[i], W / strides[i]]."""
         return tuple(super().forward(x))
+
+
+def _names(with_tags: bool) -> list[str]:
+    """What can be built, and with tags also whose weights."""
+    if not with_tags:
+        return timm.list_models()
+    detectors = [name for entry in entries() for name in released(entry)]
+    return timm.list_models(include_tags=True) + detectors
 
 
 def _checkpoint_of(init_cfg: Mapping[str, Any]) -> str:

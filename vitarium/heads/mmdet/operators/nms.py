@@ -1,7 +1,8 @@
-"""Non-maximum suppression. Equal scores keep the order of the boxes; mmcv leaves theirs open.
+"""Overlaps of boxes, and non-maximum suppression.
 
 Boxes [N, 4] are x1, y1, x2, y2 in pixels; with ``offset`` 1 a box covers its last pixel, so its
-width is ``x2 - x1 + 1``. Two boxes without area overlap by 0.
+width is ``x2 - x1 + 1``. Two boxes without area overlap by 0. Boxes of equal scores keep their
+order; mmcv leaves it open.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from vitarium.heads.mmdet.operators._precision import operator, wide
 
-__all__ = ["nms", "nms_match", "softnms"]
+__all__ = ["bbox_overlaps", "nms", "nms_match", "softnms"]
 
 _NAIVE, _LINEAR = 0, 1  # mmcv's numbers of the methods of soft-NMS; 2 is gaussian
 
@@ -51,13 +52,32 @@ def nms(boxes: Tensor, scores: Tensor, iou_threshold: float, offset: int) -> Ten
     return torchvision.ops.nms(boxes, scores, _threshold(iou_threshold, boxes))
 
 
-def _overlaps(box: Tensor, boxes: Tensor, offset: int) -> Tensor:
-    """Intersection over union of [4] with [N, 4]: [N]."""
-    size = (torch.minimum(box[2:], boxes[:, 2:]) - torch.maximum(box[:2], boxes[:, :2])) + offset
+def _overlaps(a: Tensor, b: Tensor, offset: int, of_first: bool = False) -> Tensor:
+    """What boxes [..., 4] share, over what they cover together or over the first: [...]."""
+    size = torch.minimum(a[..., 2:], b[..., 2:]) - torch.maximum(a[..., :2], b[..., :2]) + offset
     shared = size.clamp(min=0).prod(-1)
-    areas = (boxes[:, 2:] - boxes[:, :2] + offset).prod(-1)
-    union = (box[2:] - box[:2] + offset).prod() + areas - shared
-    return torch.where(shared > 0, shared / union, shared)
+    whole = (a[..., 2:] - a[..., :2] + offset).prod(-1)
+    if not of_first:
+        whole = whole + (b[..., 2:] - b[..., :2] + offset).prod(-1) - shared
+    return torch.where(shared > 0, shared / whole, 0)
+
+
+@operator
+def bbox_overlaps(
+    bboxes1: Tensor, bboxes2: Tensor, ious: Tensor, mode: int, aligned: bool, offset: int
+) -> None:
+    """Fill ``ious`` with the overlaps of boxes.
+
+    Args:
+        bboxes1: [N, 4].
+        bboxes2: [M, 4].
+        ious: [N, M], or [N] of the pairs where boxes are aligned.
+        mode: 0 for intersection over union, 1 for that over the area of the first box.
+        aligned: whether box i is compared with box i only.
+        offset: 0 or 1.
+    """
+    first, second = wide(bboxes1), wide(bboxes2)
+    ious.copy_(_overlaps(first if aligned else first[:, None], second, offset, mode == 1))
 
 
 @operator

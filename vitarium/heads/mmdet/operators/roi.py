@@ -65,26 +65,21 @@ def roi_align_forward(
         )
         return
     image = rois[:, 0].long()[:, None, None]
-    best: Tensor | None = None
     size = (aligned_height, aligned_width)
+    best = values.new_full((len(rois), *size, input.shape[1]), -torch.inf)
+    best_y, best_x = torch.full_like(best, _NOWHERE), torch.full_like(best, _NOWHERE)
     for y, x, used in _points(rois, size, spatial_scale, sampling_ratio, aligned):
-        shown = sum(
-            weight[..., None] * values[image, :, row, column]
-            for weight, row, column in _corners(y, x, *input.shape[2:])
-        )
-        assert isinstance(shown, Tensor)
-        y, x = (point[..., None].expand_as(shown) for point in (y, x))
-        if best is None:
-            best = torch.full_like(shown, -torch.inf)
-            best_y, best_x = torch.full_like(shown, _NOWHERE), torch.full_like(shown, _NOWHERE)
+        shown = torch.zeros_like(best)
+        for weight, row, column in _corners(y, x, *input.shape[2:]):
+            shown += weight[..., None] * values[image, :, row, column]
         better = used[..., None] & (shown > best)
         best = torch.where(better, shown, best)
-        best_y, best_x = torch.where(better, y, best_y), torch.where(better, x, best_x)
-    if best is not None:
-        # A bin without points shows 0, as in the other mode; mmcv's minimum differs by device.
-        output.copy_(torch.where(best == -torch.inf, 0, best).permute(0, 3, 1, 2))
-        argmax_y.copy_(best_y.permute(0, 3, 1, 2))
-        argmax_x.copy_(best_x.permute(0, 3, 1, 2))
+        best_y = torch.where(better, y[..., None], best_y)
+        best_x = torch.where(better, x[..., None], best_x)
+    # A bin without points shows 0, as in the other mode; mmcv's minimum differs by device.
+    output.copy_(torch.where(best_y == _NOWHERE, 0, best).permute(0, 3, 1, 2))
+    argmax_y.copy_(best_y.permute(0, 3, 1, 2))
+    argmax_x.copy_(best_x.permute(0, 3, 1, 2))
 
 
 @operator
@@ -160,7 +155,7 @@ def roi_pool_forward(
     left, right = _bins(start[:, 0], end[:, 0], pooled_width, width)
     rows, columns = (bottom - top).clamp(min=0) * real, (right - left).clamp(min=0) * real
     image = rois[:, 0].long()[:, None, None]
-    best = values.new_full((*output.shape[:1], *output.shape[2:], input.shape[1]), -torch.inf)
+    best = values.new_full((len(rois), *output.shape[2:], input.shape[1]), -torch.inf)
     place = torch.full_like(best, -1, dtype=argmax.dtype)
     for i in range(_greatest(rows)):
         for j in range(_greatest(columns)):
@@ -232,12 +227,13 @@ def _points(
         extent = extent.clamp(min=1)
     step = extent / extent.new_tensor([size[1], size[0]])  # x, y
     points = torch.full_like(step, sampling_ratio) if sampling_ratio > 0 else step.ceil()
+    per_bin = points.clamp(min=1)  # a RoI without extent has none, which is no number to divide by
     bins_y = torch.arange(size[0], device=rois.device)
     bins_x = torch.arange(size[1], device=rois.device)
     for i in range(_greatest(points[:, 1])):
-        y = start[:, 1:] + (bins_y + (i + 0.5) / points[:, 1:]) * step[:, 1:]
+        y = start[:, 1:] + (bins_y + (i + 0.5) / per_bin[:, 1:]) * step[:, 1:]
         for j in range(_greatest(points[:, 0])):
-            x = start[:, :1] + (bins_x + (j + 0.5) / points[:, :1]) * step[:, :1]
+            x = start[:, :1] + (bins_x + (j + 0.5) / per_bin[:, :1]) * step[:, :1]
             used = ((i < points[:, 1]) & (j < points[:, 0]))[:, None, None]
             yield (*torch.broadcast_tensors(y[:, :, None], x[:, None, :], used),)
 
