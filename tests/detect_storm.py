@@ -22,11 +22,9 @@ import argparse
 import os
 import random
 import signal
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -34,12 +32,12 @@ sys.path.insert(0, str(Path(__file__).parent / "detection"))
 
 import torch
 from detectors import detector
+from train_storm import _PATIENCE, _train, _wait
 
 from vitarium.checkpoints import CheckpointError
 from vitarium.data.folders import SceneSet, ensure
 from vitarium.detection.checkpoints import found, newest, read
 
-_PATIENCE = 1800.0  # seconds for any one thing to happen
 _KILLED = """
 train_dataloader["num_workers"] = 1
 train_cfg = dict(type="IterBasedTrainLoop", max_iters={iterations}, val_interval=10)
@@ -132,31 +130,6 @@ def _shared(folder: Path, text: str, updates: int) -> bool:
         flush=True,
     )
     return same
-
-
-def _train(
-    config: Path, output: Path, resume: bool = False, processes: int = 1
-) -> subprocess.Popen[bytes]:
-    """`vitarium train`, in a group of its own; what it says goes to a file beside its folder."""
-    launcher = ["-m"]
-    if processes > 1:
-        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
-        launcher += [str(processes), "-m"]
-    command = [sys.executable, *launcher, "vitarium_cli", "train", str(config), "--device", "cpu"]
-    command += ["--output", str(output), *(["--resume"] if resume else [])]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    with output.with_suffix(".txt").open("ab") as said:
-        return subprocess.Popen(
-            command, stdout=said, stderr=said, env=environment, start_new_session=True
-        )
-
-
-def _wait(happened: Callable[[], bool], process: subprocess.Popen[bytes]) -> None:
-    deadline = time.monotonic() + _PATIENCE
-    while not happened():
-        if process.poll() is not None or time.monotonic() > deadline:
-            raise RuntimeError("the run ended, or nothing happened, before it could be killed")
-        time.sleep(0.002)
 
 
 def _newest_name(folder: Path) -> int:

@@ -237,7 +237,7 @@ def test_the_command_line(toy, tmp_path, capsys, monkeypatch):
     assert call("train", str(toy), "--strict") == 1
     assert f"--strict: not for {toy}" in capsys.readouterr().err
     assert call("train", "toyy.py") == 1
-    assert "expected a TOML or Python file or the name of one that ships" in capsys.readouterr().err
+    assert "expected a TOML file, a Python file or the name of one" in capsys.readouterr().err
     assert call("train", "atto_digits", "--launcher", "slurm") == 1
     assert "--launcher: not for atto_digits" in capsys.readouterr().err
     assert call("train", str(toy), "--launcher", "slurm") == 1

@@ -286,17 +286,17 @@ def _processes(config: Config, device: str | None, launcher: str | None) -> Iter
     config.setdefault("default_scope", "mmdet")
     config.launcher = _launcher(launcher)
     before = mmengine.device.utils.DEVICE, torch.are_deterministic_algorithms_enabled()
-    if cpu:
-        mmengine.device.utils.DEVICE = "cpu"
-    if config.launcher != "none":
-        _join(config, cpu)
     try:
+        if cpu:
+            mmengine.device.utils.DEVICE = "cpu"
+        if config.launcher != "none":
+            _join(config, cpu)
         with redirect_stdout(sys.stderr):  # mmengine's logs and COCO's tables
             yield
     finally:
         mmengine.device.utils.DEVICE = before[0]
         torch.use_deterministic_algorithms(before[1])
-        if config.launcher != "none":
+        if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
         for manager in (MMLogger, MessageHub, Visualizer, DefaultScope):  # names may come again
             for kind in (manager, *manager.__subclasses__()):
