@@ -99,6 +99,15 @@ def test_a_signal_waits_for_the_step(toy, tmp_path):
     assert {path.name for path in found(tmp_path / "run")} == {"iter_4.pth", "iter_6.pth"}
 
 
+def test_configs_on_mmdets_own(toy, tmp_path):
+    bases = ("default_runtime", "schedules/schedule_1x")
+    text = f"_base_ = {[f'mmdet::_base_/{name}.py' for name in bases]}" + toy.read_text()
+    text = text.replace("by_epoch=True, max_epochs=3", "max_epochs=1")
+    toy.write_text(text.replace('type="AdamW", lr=1e-2', "lr=1e-2"))
+    assert train(toy, tmp_path / "run", device="cpu")
+    assert len(found(tmp_path / "run")) == 3
+
+
 def test_nothing_is_read_again(toy, tmp_path):
     changes = ["val_cfg=None", "val_dataloader=None", "val_evaluator=None"]
     changes += ["default_hooks.checkpoint={'type': 'CheckpointHook', 'by_epoch': False}"]

@@ -65,8 +65,7 @@ class DetectionRunner(Runner):
 
     def register_default_hooks(self, hooks: dict[str, Any] | None = None) -> None:
         """Register mmengine's hooks, and ours for checkpoints in the place of its own."""
-        settings = dict((hooks or {}).get("checkpoint") or {})
-        settings.pop("type", None)
+        settings = _arguments((hooks or {}).get("checkpoint") or {})
         self.checkpoint_hook = WholeCheckpointHook(**settings)
         super().register_default_hooks({**(hooks or {}), "checkpoint": self.checkpoint_hook})
 
@@ -74,7 +73,8 @@ class DetectionRunner(Runner):
         """The loop that a config's ``train_cfg`` describes."""
         if isinstance(loop, EpochLoop):
             return loop
-        settings = {key: x for key, x in loop.items() if key not in ("type", "by_epoch")}
+        settings = _arguments(loop)
+        settings.pop("by_epoch", None)  # said by max_epochs or max_iters too
         kind = EpochLoop if "max_epochs" in settings else IterLoop
         return kind(self, self._train_dataloader, **settings)
 
@@ -119,6 +119,11 @@ class DetectionRunner(Runner):
         self._detector.load_state_dict(content["state_dict"], strict=False)
         self._has_loaded = True
         return content
+
+
+def _arguments(config: dict[str, Any]) -> dict[str, Any]:
+    """What a config's dict says beside the class."""
+    return {key: x for key, x in config.items() if key not in ("type", "_scope_")}
 
 
 def train(
