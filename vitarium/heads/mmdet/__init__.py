@@ -2,8 +2,8 @@
 
 A config needs one line, ``custom_imports = dict(imports=["vitarium.heads.mmdet"])``, and then names
 any model of vitarium or timm: ``backbone=dict(type="FeatureBackbone", name="nat_mini", ...)``.
-Importing this package comes before ``mmdet.models``, whose heads import mmcv's operators; mmengine
-imports ``custom_imports`` while it reads the config, which is early enough.
+Nearly all of mmdet imports mmcv's operators, so this package is imported first; mmengine imports
+``custom_imports`` while it reads the config, which is early enough.
 """
 
 from __future__ import annotations
