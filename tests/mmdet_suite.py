@@ -33,6 +33,7 @@ import vitarium.heads.mmdet
 
 torch.autograd.gradcheck = functools.partial(torch.autograd.gradcheck, fast_mode=True)
 """
+_GLIP = "tests.test_models.test_detectors.test_glip.TestGLIP"
 _MMDET_CONFTEST = """
 import vitarium.heads.mmdet  # before anything of mmdet that asks mmcv for operators
 
@@ -64,7 +65,7 @@ class Source:
         commit: what the tag stands for.
         conftest: what makes the tests run here.
         parts: what is run, each in a process of its own: a name and paths.
-        exceptions: tests that fail, by file and name, and why.
+        exceptions: tests that fail, by pytest's class and name, and why.
     """
 
     url: str
@@ -105,8 +106,9 @@ SOURCES = {
             )
         },
         exceptions={
-            "test_carafe::test_carafe_naive_gradcheck": "mmcv's CARAFENaive asks for gradients on "
-            "a GPU; what it calls is compared in tests/mmdet_operators.py",
+            "tests.test_ops.test_carafe.TestCarafe::test_carafe_naive_gradcheck": "mmcv's "
+            "CARAFENaive asks for gradients on a GPU; what it calls is compared in "
+            "tests/mmdet_operators.py",
         },
     ),
     "mmdet": Source(
@@ -120,7 +122,7 @@ SOURCES = {
         },
         exceptions=dict.fromkeys(
             (
-                f"test_glip::test_{name}_0_glip_glip_atss_swin_t_a_fpn_dyhead_pretrain_obj365_py"
+                f"{_GLIP}::test_{name}_0_glip_glip_atss_swin_t_a_fpn_dyhead_pretrain_obj365_py"
                 for name in ("init", "glip_forward_predict_mode")
             ),
             "GLIP asks for transformers and the weights of BERT",
@@ -186,14 +188,12 @@ def run(paths: tuple[str, ...], folder: Path, packages: Path) -> dict[str, str]:
         sys.exit(f"mmdet_suite: {paths}: pytest ended early\n{done.stdout}{done.stderr}")
     outcomes = {}
     for case in ET.parse(report).iter("testcase"):
-        modules = [x for x in (case.get("classname") or "").split(".") if x.startswith("test_")]
-        file = modules[-1] if modules else paths[0]  # none where a file cannot be imported
         failure = next((x for x in case if x.tag in ("failure", "error")), None)
         if failure is not None:
             outcome = (failure.get("message") or failure.tag).splitlines()[0]
         else:
             outcome = "skipped" if case.find("skipped") is not None else "passed"
-        outcomes[f"{file}::{case.get('name')}"] = outcome
+        outcomes[f"{case.get('classname')}::{case.get('name')}"] = outcome
     return outcomes
 
 
