@@ -155,9 +155,7 @@ def _parser() -> argparse.ArgumentParser:
     _export_hub_arguments(command("export-hub", "a folder for timm's local-dir: and for a hub"))
     _bench_arguments(command("bench", "time ops, models and start-up, beside their peers"))
     _demo_arguments(command("demo", "classify digits, picture features and attention"))
-    _digits_arguments(
-        command("digits", "the embedded data: write it, train and test nat_atto on it")
-    )
+    _digits_arguments(command("digits", "the embedded data: write it, test nat_atto on it"))
     return parser
 
 
@@ -578,10 +576,6 @@ def _digits_arguments(parser: argparse.ArgumentParser) -> None:
     text = "of a scene, in pixels (default: 160)"
     make.add_argument("--size", type=_height_width, default=(160, 160), metavar="N|HxW", help=text)
     make.add_argument("--seed", type=int, default=0, metavar="N", help="(default: 0)")
-    train = actions.add_parser("train", help="train on all but the held-out digits")
-    train.add_argument("--out", metavar="FILE", help="where the weights go")
-    train.add_argument("--epochs", type=_positive, metavar="N", help="passes over the digits")
-    train.add_argument("--seed", type=int, default=0, metavar="N", help="(default: 0)")
     test = actions.add_parser("test", help="accuracy on the held-out digits")
     test.add_argument("--checkpoint", metavar="FILE", help="(default: the packaged weights)")
 

@@ -23,8 +23,8 @@ def test_one_short_training(tmp_path, monkeypatch, capsys):
     recipe = tmp_path / "short.toml"
     shipped = bench_digits.Path(vitarium_cli.__file__).parent / "vitarium/configs/classification"
     text = (shipped / "atto_digits.toml").read_text()
-    assert "epochs = 36\n" in text
-    recipe.write_text(text.replace("epochs = 36\n", "updates = 2\n"))
+    assert "epochs = 30\n" in text
+    recipe.write_text(text.replace("epochs = 30\n", "updates = 2\n"))
     monkeypatch.setattr(bench_digits, "RECIPE", str(recipe))
     file = tmp_path / "digits.csv"
     assert vitarium_cli.main(["bench", "digits", "agent_pvt_atto", "--csv", str(file)]) == 0

@@ -201,6 +201,29 @@ def probing(make_config, **changes):
     return make_config(**given | changes)
 
 
+def test_muon_leaves_position_tables_to_adamw(make_config, segmentation):
+    optimizer = {"name": "muon", "lr": 1e-3, "weight_decay": 0.1}
+    kwargs = {"kwargs": {}, "name": "nat_atto"}
+    for config in (
+        make_config(optimizer=optimizer, model=kwargs, data__image_size=64),
+        segmentation(optimizer=optimizer),
+    ):
+        task = create_task(config)
+        found = create_optimizer(config, task.parameters(0.1), images=2)
+        of = {id(p): group for group in found.param_groups for p in group["params"]}
+        tables = {n: p for n, p in task.model.named_parameters() if n.endswith(".rpb")}
+        assert tables
+        assert all(of[id(p)]["use_fallback"] for p in tables.values())
+        shape = (2,) if config.task == "classification" else (2, 64, 64)
+        batch = Batch(torch.rand(2, 3, 64, 64), torch.zeros(shape, dtype=torch.long))
+        task.losses(task.model, batch)["loss"].backward()
+        found.step()
+        for name, parameter in task.model.named_parameters():
+            if parameter.ndim == 2 and min(parameter.shape) >= 8:
+                assert "exp_avg_sq" not in found.state[parameter], name
+        assert all("exp_avg_sq" in found.state[p] for p in tables.values())
+
+
 @pytest.mark.parametrize("average", [None, {"decay": 0.5}])
 def test_a_probe_leaves_its_backbone_alone(make_config, tmp_path, average):
     config = probing(make_config, ema=average, model__name="test_resnet")  # which has batch norms

@@ -15,7 +15,9 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
+import torch
 from PIL import Image
+from torch import Tensor
 from torch.utils.data import Dataset
 
 from vitarium.data.digits import SPLITS, digits_of
@@ -124,6 +126,40 @@ class Scenes(Dataset[Scene]):
             labels=self._labels[chosen],
             samples=self._samples.start + np.array(chosen),
         )
+
+
+class TorchvisionScenes(Dataset[tuple[Tensor, dict[str, Tensor]]]):
+    """Scenes as torchvision's detectors and its reference scripts take them.
+
+    An image is float32 [3, H, W] in [0, 1]; its target has ``boxes`` float32 [N, 4], x1, y1, x2,
+    y2; ``labels`` int64 [N], 1 ... 10 for the digits 0 ... 9; ``masks`` uint8 [N, H, W]; and what
+    evaluation wants: ``image_id`` int64, the scene's index, ``area`` of the masks float32 [N], in
+    pixels, and ``iscrowd`` int64 [N], 0.
+
+    Args:
+        scenes: which.
+    """
+
+    def __init__(self, scenes: Scenes) -> None:
+        self.scenes = scenes
+
+    def __len__(self) -> int:
+        return len(self.scenes)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, dict[str, Tensor]]:
+        scene = self.scenes[index]
+        corners = scene.boxes.copy()
+        corners[:, 2:] += corners[:, :2]
+        masks = torch.from_numpy(scene.masks).to(torch.uint8)
+        target = {
+            "boxes": torch.from_numpy(corners).float(),
+            "labels": torch.from_numpy(scene.labels + 1),
+            "masks": masks,
+            "image_id": torch.tensor(index),
+            "area": masks.sum((1, 2)).float(),
+            "iscrowd": torch.zeros(len(masks), dtype=torch.int64),
+        }
+        return torch.from_numpy(scene.image).permute(2, 0, 1) / 255, target
 
 
 def _sharpened(shades: np.ndarray) -> np.ndarray:

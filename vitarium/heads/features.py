@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from vitarium import checkpoints
 from vitarium.backbones._registry import entries, released
+from vitarium.tools.list import did_you_mean
 
 _TASKS = ("det", "seg")
 _SOURCES = ("state_dict", "file", "url", "hf_hub_id")  # of weights, in timm's overlay
@@ -68,7 +69,8 @@ class FeatureBackbone(nn.Module):
         if task is not None and task not in _TASKS:
             raise ValueError(f"task: expected None or one of {_TASKS}, got {task!r}")
         if not timm.is_model(name):
-            raise ValueError(f"name: expected a model of vitarium or timm, got {name!r}")
+            hint = did_you_mean(name, timm.list_models())
+            raise ValueError(f"name: expected a model of vitarium or timm, got {name!r}{hint}")
         entry = name.partition(".")[0]
         family = entries().get(entry)
         weight = released(entry).get(name)

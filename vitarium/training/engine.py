@@ -475,7 +475,11 @@ def create_optimizer(
         if value is not None:
             kwargs[key] = value
     if isinstance(parameters, nn.Module):
-        kwargs |= {"weight_decay": section.weight_decay, "layer_decay": section.layer_decay}
+        kwargs |= {
+            "weight_decay": section.weight_decay,
+            "layer_decay": section.layer_decay,
+            "fallback_no_weight_decay": True,  # of muon: position tables are no matrices
+        }
     return create_optimizer_v2(
         parameters, opt=section.name, lr=section.lr * _scale(config, images), **kwargs
     )

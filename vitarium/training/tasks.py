@@ -274,19 +274,20 @@ class Segmentation(Task[SegmentationConfig]):
             if hasattr(module, "no_weight_decay")
             for name in module.no_weight_decay()
         }
-        groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+        groups: dict[tuple[bool, bool, bool], list[nn.Parameter]] = {}
         for name, parameter in self.model.named_parameters():
             if parameter.requires_grad:
-                decayed = parameter.ndim > 1 and name not in exempt
-                key = name.startswith("backbone."), decayed
+                table = name in exempt
+                key = name.startswith("backbone."), parameter.ndim > 1 and not table, table
                 groups.setdefault(key, []).append(parameter)
         return [
             {
                 "params": parameters,
                 "lr_scale": 1.0 if backbone else self.config.head.lr_factor,
                 "weight_decay": weight_decay if decayed else 0.0,
+                "use_fallback": table,  # of muon, as the engine asks of timm for classifiers
             }
-            for (backbone, decayed), parameters in groups.items()
+            for (backbone, decayed, table), parameters in groups.items()
         ]
 
 
