@@ -120,6 +120,9 @@ def test_configs_that_would_be_ignored_or_misread(make):
         ("default_hooks['checkpoint'] = None", "checkpoint: expected a CheckpointHook, got None"),
         ("default_hooks['checkpoint']['out_dir'] = 'x'", "checkpoint.out_dir: expected none"),
         ("load_from = 'nowhere.pth'", "load_from: expected a file, got nowhere.pth"),
+        ("resume = True", "resume: expected none, got True; --resume says that"),
+        ("work_dir = 'x'", "work_dir: expected none, got 'x'; --output says that"),
+        ("optim_wrapper = dict(constructor='Two')", "optim_wrapper: expected one optimizer"),
         ("del optim_wrapper", "expected optim_wrapper, found none"),
         ("train_dataloader['dataset']['type'] = 'CoccoDataset'", "did you mean CocoDataset"),
     ):

@@ -1,12 +1,17 @@
 """FeatureBackbone in mmdet's detectors."""
 
 import os
+import runpy
+import subprocess
+import sys
 
 import pytest
 import torch
 from torch import nn
 
 pytest.importorskip("mmdet")
+
+import vitarium.heads.mmdet as package  # isort: skip  (before what needs operators)
 
 import mmdet
 from mmdet.registry import MODELS
@@ -140,3 +145,28 @@ def test_with_cp():
 def test_bad_arguments(kwargs, message):
     with pytest.raises(ValueError, match=message):
         FeatureBackbone(**{"name": "nat_atto", **kwargs})
+
+
+def test_without_mmdet(monkeypatch):
+    monkeypatch.setitem(sys.modules, "mmdet", None)
+    message = r'^mmdet is not installed: pip install "vitarium\[det\]"$'
+    with pytest.raises(ModuleNotFoundError, match=message):
+        runpy.run_path(package.__file__)
+
+
+@pytest.mark.slow
+def test_a_config_needs_one_line(tmp_path):
+    """In a fresh process, where nothing but the config imports vitarium."""
+    (tmp_path / "c.py").write_text(
+        'custom_imports = dict(imports=["vitarium.heads.mmdet"])\n'
+        'model = dict(type="FeatureBackbone", name="nat_atto")\n'
+    )
+    code = (
+        "import sys; from mmengine.config import Config; cfg = Config.fromfile(sys.argv[1]);"
+        "from mmdet.utils import register_all_modules; register_all_modules();"
+        "from mmdet.registry import MODELS; print(type(MODELS.build(cfg.model)))"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "c.py")]
+    run = subprocess.run(command, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.endswith("<class 'vitarium.heads.mmdet.backbone.FeatureBackbone'>\n")

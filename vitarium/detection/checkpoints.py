@@ -70,6 +70,7 @@ class WholeCheckpointHook(CheckpointHook):
             save_param_scheduler=self.save_param_scheduler,
             meta={"epoch": epoch, "iter": iteration},
             by_epoch=self.by_epoch,
+            **self.args,
         )
         if not is_main_process():
             return
@@ -77,9 +78,8 @@ class WholeCheckpointHook(CheckpointHook):
             temporary.write_text(self.last_ckpt, encoding="utf-8")
         if self.max_keep_ckpts > 0:
             length = len(runner.train_dataloader)
-            for path in sorted(found(folder), key=lambda x: _iteration(x, length))[
-                : -self.max_keep_ckpts
-            ]:
+            paths = sorted(found(folder), key=lambda path: _iteration(path, length))
+            for path in paths[: -self.max_keep_ckpts]:
                 path.unlink(missing_ok=True)
 
 
@@ -91,6 +91,7 @@ class _Patient(LocalBackend):
         self._unwanted: list[Path] = []
 
     def remove(self, filepath: str | Path) -> None:
+        """Note what is unwanted."""
         self._unwanted.append(Path(filepath))
 
     def settle(self) -> None:
@@ -136,6 +137,8 @@ def newest(folder: Path) -> Path | None:
 
 
 def _pass_over(path: Path, error: Exception) -> None:
+    if not is_main_process():
+        return
     why = str(error) if isinstance(error, CheckpointError) else "not written by a run"
     print(f"passed over: {path.name}: {why.removeprefix(f'{path}: ')}", file=sys.stderr)
 

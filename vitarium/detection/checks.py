@@ -75,9 +75,9 @@ def check_test(config: Config) -> list[str]:
 
 def _check_runner(config: Config) -> None:
     """Refuse what would be ignored, or would break an exact resumption."""
-    loop = config.train_cfg.get("type")
+    loop = _class_name(config.train_cfg.get("type", ""))
     by_epoch = config.train_cfg.get("by_epoch", loop == _LOOPS[0])
-    if loop is not None and loop not in _LOOPS:
+    if loop and loop not in _LOOPS:
         raise ValueError(f"train_cfg.type: expected {' or '.join(_LOOPS)}, got {loop}")
     length, other = ("max_epochs", "max_iters")[:: 1 if by_epoch else -1]
     if not isinstance(config.train_cfg.get(length), int) or other in config.train_cfg:
@@ -89,8 +89,13 @@ def _check_runner(config: Config) -> None:
             "randomness.diff_rank_seed: expected False, got True; processes draw unlike each other "
             "without it"
         )
+    if "optimizer" not in config.optim_wrapper:
+        raise ValueError(f"optim_wrapper: expected one optimizer, got {config.optim_wrapper}")
+    for key, option in (("resume", "--resume"), ("work_dir", "--output")):
+        if config.get(key):
+            raise ValueError(f"{key}: expected none, got {config[key]!r}; {option} says that")
     hook = config.get("default_hooks", {}).get("checkpoint", {})
-    if hook is None or hook.get("type", "CheckpointHook") != "CheckpointHook":
+    if hook is None or _class_name(hook.get("type", "CheckpointHook")) != "CheckpointHook":
         raise ValueError(f"default_hooks.checkpoint: expected a CheckpointHook, got {hook}")
     for key in ("out_dir", "filename_tmpl", "backend_args", "file_client_args"):
         if hook.get(key) is not None:
@@ -101,7 +106,7 @@ def _check_runner(config: Config) -> None:
 
 def _check_packages(config: Config) -> None:
     visualizer = config.get("visualizer") or {}
-    kinds = [backend.get("type") for backend in visualizer.get("vis_backends") or ()]
+    kinds = [_class_name(x.get("type", "")) for x in visualizer.get("vis_backends") or ()]
     if "TensorboardVisBackend" in kinds and find_spec("tensorboard") is None:
         raise ValueError('visualizer: tensorboard is not installed: pip install "vitarium[train]"')
 
@@ -123,7 +128,8 @@ def _check_data(config: Config, split: str) -> Iterator[str]:
         )
     heads = [*_class_counts(config.model, "model")]
     for where, dataset in _data_sets(loader.dataset, f"{split}_dataloader.dataset"):
-        kind = DATASETS.get(dataset.get("type"))
+        kind = dataset.get("type")
+        kind = DATASETS.get(kind) if isinstance(kind, str) else kind
         if kind is None:
             hint = did_you_mean(str(dataset.get("type")), DATASETS.module_dict)
             raise ValueError(f"{where}.type: unknown: {dataset.get('type')!r}{hint}")
@@ -223,7 +229,7 @@ def _check_boxes(
     if split == "test" and not content.get("annotations"):
         return  # as published where the truth is secret
     masked = any(
-        step.get("type") == "LoadAnnotations" and step.get("with_mask")
+        _class_name(step.get("type", "")) == "LoadAnnotations" and step.get("with_mask")
         for step in dataset.get("pipeline", ())
     )
     with_boxes = set()
@@ -335,6 +341,11 @@ def _some(names: Collection[str]) -> str:
     rest = len(names) - _SHOWN
     shown = ", ".join([*names][:_SHOWN])
     return f"{shown} and {rest} more" if rest > 0 else shown
+
+
+def _class_name(kind: Any) -> str:
+    """Of a class, or of its name with or without a scope before it."""
+    return str(getattr(kind, "__name__", kind)).rpartition(".")[2]
 
 
 def _listed(value: Any) -> list[Any]:

@@ -28,7 +28,7 @@ KEYS = {
 _FREE_SECTIONS = {
     "default_hooks", "env_cfg", "log_level", "log_processor", "visualizer", "vis_backends",
     "work_dir", "launcher", "load_from", "resume", "data_root", "backend_args",
-    "experiment_name",
+    "experiment_name", "model_wrapper_cfg",
 }  # fmt: skip
 _FREE_KEYS = {
     "ann_file", "data_prefix", "data_root", "num_workers", "persistent_workers",

@@ -34,6 +34,9 @@ def training_loader(
     Raises:
         ValueError: the data set has no samples.
     """
+    if "num_batch_per_epoch" in config:  # counts those of one process
+        batches = config["num_batch_per_epoch"] * layout.world
+        config = {**config, "num_batch_per_epoch": batches}
     with _alone():
         plain = build(config, seed=seed)
     if not len(plain.dataset):  # type: ignore[arg-type]

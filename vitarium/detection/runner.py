@@ -53,8 +53,9 @@ class DetectionRunner(Runner):
 
     @property
     def _detector(self) -> nn.Module:
-        model: nn.Module = self.model
-        return model.module if is_model_wrapper(model) else model
+        model: Any = self.model
+        detector: nn.Module = model.module if is_model_wrapper(model) else model
+        return detector
 
     def build_model(self, model: Any) -> nn.Module:
         """The detector that a config's ``model`` describes, if its parts fit."""
@@ -64,8 +65,7 @@ class DetectionRunner(Runner):
 
     def register_default_hooks(self, hooks: dict[str, Any] | None = None) -> None:
         """Register mmengine's hooks, and ours for checkpoints in the place of its own."""
-        settings = dict((hooks or {}).get("checkpoint") or {})
-        settings.pop("type", None)
+        settings = _arguments((hooks or {}).get("checkpoint") or {})
         self.checkpoint_hook = WholeCheckpointHook(**settings)
         super().register_default_hooks({**(hooks or {}), "checkpoint": self.checkpoint_hook})
 
@@ -73,7 +73,8 @@ class DetectionRunner(Runner):
         """The loop that a config's ``train_cfg`` describes."""
         if isinstance(loop, EpochLoop):
             return loop
-        settings = {key: x for key, x in loop.items() if key not in ("type", "by_epoch")}
+        settings = _arguments(loop)
+        settings.pop("by_epoch", None)  # said by max_epochs or max_iters too
         kind = EpochLoop if "max_epochs" in settings else IterLoop
         return kind(self, self._train_dataloader, **settings)
 
@@ -118,6 +119,11 @@ class DetectionRunner(Runner):
         self._detector.load_state_dict(content["state_dict"], strict=False)
         self._has_loaded = True
         return content
+
+
+def _arguments(config: dict[str, Any]) -> dict[str, Any]:
+    """What a config's dict says beside the class."""
+    return {key: x for key, x in config.items() if key not in ("type", "_scope_")}
 
 
 def train(
@@ -165,7 +171,7 @@ def train(
         with _registered():
             runner = DetectionRunner.from_cfg(config)
             # Whatever does not fit was said by then: a new folder is left without a run.
-            runner.begin = lambda: save_config(config, output / _CONFIG)
+            runner.begin = lambda: None if resume else _begin(output, config)
             with interruption() as runner.interrupted:
                 runner.train()
         return dict(runner.train_loop.measures)
@@ -231,16 +237,20 @@ def _check_folder(output: Path, config: Config, resume: bool) -> None:
         raise ValueError(f"{output}: its run has another config: {name} was {was!r}, is {now!r}")
 
 
+def _begin(output: Path, config: Config) -> None:
+    if is_main_process():
+        save_config(config, output / _CONFIG)
+
+
 def _check_layout(checkpoint: Path, config: Config) -> None:
     """Iterations are counted in batches of a process, so these must stay as they were."""
+    names = ("images a batch", "batches a step and process", "processes")
     before = read(checkpoint, outline=True)["meta"].get("layout")
     accumulation = config.optim_wrapper.get("accumulative_counts", 1)
     now = [config.train_dataloader.batch_size, accumulation, get_world_size()]
     if before != now:
-        raise ValueError(
-            f"{checkpoint}: expected a run with batches of {now[0]} images, {now[1]} of them a "
-            f"step, in {now[2]} processes; got {before}"
-        )
+        said = ", ".join(f"{number} {name}" for number, name in zip(now, names, strict=True))
+        raise ValueError(f"{checkpoint}: expected {said}, as here, its run had {before}")
 
 
 @contextmanager
@@ -281,17 +291,17 @@ def _processes(config: Config, device: str | None, launcher: str | None) -> Iter
     config.setdefault("default_scope", "mmdet")
     config.launcher = _launcher(launcher)
     before = mmengine.device.utils.DEVICE, torch.are_deterministic_algorithms_enabled()
-    if cpu:
-        mmengine.device.utils.DEVICE = "cpu"
-    if config.launcher != "none":
-        _join(config, cpu)
     try:
+        if cpu:
+            mmengine.device.utils.DEVICE = "cpu"
+        if config.launcher != "none":
+            _join(config, cpu)
         with redirect_stdout(sys.stderr):  # mmengine's logs and COCO's tables
             yield
     finally:
         mmengine.device.utils.DEVICE = before[0]
         torch.use_deterministic_algorithms(before[1])
-        if config.launcher != "none":
+        if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
         for manager in (MMLogger, MessageHub, Visualizer, DefaultScope):  # names may come again
             for kind in (manager, *manager.__subclasses__()):

@@ -46,7 +46,8 @@ def run(args: Namespace) -> int:
             measures = engine.train(output, args.resume)
             main = engine.main
     if main:
-        print("  ".join(f"{key} {value:.6g}" for key, value in measures.items()))
+        if measures:  # a detector's config may leave validation out
+            print("  ".join(f"{key} {value:.6g}" for key, value in measures.items()))
         print(f"wrote {output}")
     return 0
 
@@ -69,7 +70,7 @@ def config_file(config: str) -> Path:
     ):
         hint = did_you_mean(name, [*shipped])
         raise ValueError(
-            f"config: expected a TOML or Python file or the name of one that ships, got "
+            f"config: expected a TOML file, a Python file or the name of one that ships, got "
             f"{config!r}{hint}"
         )
     return shipped[name]

@@ -2,8 +2,9 @@
 
 A config needs one line, ``custom_imports = dict(imports=["vitarium.heads.mmdet"])``, and then names
 any model of vitarium or timm: ``backbone=dict(type="FeatureBackbone", name="nat_mini", ...)``.
-Importing this package comes before ``mmdet.models``, whose heads import mmcv's operators; mmengine
-imports ``custom_imports`` while it reads the config, which is early enough.
+Nearly all of mmdet imports mmcv's operators, so this package is imported first; mmengine imports
+``custom_imports`` while it reads the config, which is early enough. A worker of a data loader that
+is spawned and not forked reads no config: mmengine's ``mp_start_method`` stays ``fork``.
 """
 
 from __future__ import annotations

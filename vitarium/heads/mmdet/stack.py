@@ -220,7 +220,7 @@ def _old_numbers(*names: str) -> None:
 
 def _replace(old: Any, make: Callable[..., Any]) -> None:
     """Put something in the place of a function wherever it was imported by its name."""
-    new = make(old)
+    new, its_name = make(old), str(old.__name__)
     for name, module in [*sys.modules.items()]:
-        if name.partition(".")[0] in _PACKAGES and vars(module).get(old.__name__) is old:
-            setattr(module, old.__name__, new)
+        if name.partition(".")[0] in _PACKAGES and vars(module).get(its_name) is old:
+            setattr(module, its_name, new)

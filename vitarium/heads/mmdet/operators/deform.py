@@ -28,15 +28,59 @@ __all__ = [
 
 
 class _Geometry(NamedTuple):
-    """Rows before columns, as torchvision takes them."""
+    """Sizes of a convolution, rows before columns, out of mmcv's keywords."""
 
+    kernel: tuple[int, int]
     stride: tuple[int, int]
     padding: tuple[int, int]
     dilation: tuple[int, int]
     groups: int
     deform_groups: int
 
+    @classmethod
+    def plain(
+        cls,
+        kW: int,
+        kH: int,
+        dW: int,
+        dH: int,
+        padW: int,
+        padH: int,
+        dilationW: int,
+        dilationH: int,
+        group: int,
+        deformable_group: int,
+        im2col_step: int,
+    ) -> _Geometry:
+        """Those of the plain convolution; mmcv takes ``im2col_step`` images at a time, we all."""
+        sizes = ((kH, kW), (dH, dW), (padH, padW), (dilationH, dilationW))
+        return cls(*sizes, group, deformable_group)
+
+    @classmethod
+    def modulated(
+        cls,
+        kernel_h: int,
+        kernel_w: int,
+        stride_h: int,
+        stride_w: int,
+        pad_h: int,
+        pad_w: int,
+        dilation_h: int,
+        dilation_w: int,
+        group: int,
+        deformable_group: int,
+    ) -> _Geometry:
+        """Those of the modulated one."""
+        kernel, stride = (kernel_h, kernel_w), (stride_h, stride_w)
+        padding, dilation = (pad_h, pad_w), (dilation_h, dilation_w)
+        return cls(kernel, stride, padding, dilation, group, deformable_group)
+
+    def taps(self) -> int:
+        """Places that are read for an output pixel, of all groups of offsets."""
+        return self.deform_groups * self.kernel[0] * self.kernel[1]
+
     def numbers(self) -> tuple[int, ...]:
+        """As torchvision's operators take them; they know the kernel from the weight."""
         return (*self.stride, *self.padding, *self.dilation, self.groups, self.deform_groups)
 
 
@@ -48,20 +92,10 @@ def deform_conv_forward(
     output: Tensor,
     columns: Tensor,
     ones: Tensor,
-    kW: int,
-    kH: int,
-    dW: int,
-    dH: int,
-    padW: int,
-    padH: int,
-    dilationW: int,
-    dilationH: int,
-    group: int,
-    deformable_group: int,
-    im2col_step: int,
+    **shape: int,
 ) -> None:
-    """Fill ``output``. ``columns``, ``ones`` and ``im2col_step`` are mmcv's working memory."""
-    geometry = _Geometry((dH, dW), (padH, padW), (dilationH, dilationW), group, deformable_group)
+    """Fill ``output``. ``columns`` and ``ones`` are mmcv's working memory."""
+    geometry = _Geometry.plain(**shape)
     output.copy_(_forward(input, weight, offset, None, geometry))
 
 
@@ -74,20 +108,10 @@ def deform_conv_backward_input(
     grad_offset: Tensor,
     weight: Tensor,
     columns: Tensor,
-    kW: int,
-    kH: int,
-    dW: int,
-    dH: int,
-    padW: int,
-    padH: int,
-    dilationW: int,
-    dilationH: int,
-    group: int,
-    deformable_group: int,
-    im2col_step: int,
+    **shape: int,
 ) -> None:
     """Add the gradients to ``grad_input`` and ``grad_offset``."""
-    geometry = _Geometry((dH, dW), (padH, padW), (dilationH, dilationW), group, deformable_group)
+    geometry = _Geometry.plain(**shape)
     by_input, _, by_offset, _ = _backward(grad_output, input, weight, offset, None, geometry)
     grad_input.add_(by_input)
     grad_offset.add_(by_offset)
@@ -101,21 +125,12 @@ def deform_conv_backward_parameters(
     grad_weight: Tensor,
     columns: Tensor,
     ones: Tensor,
-    kW: int,
-    kH: int,
-    dW: int,
-    dH: int,
-    padW: int,
-    padH: int,
-    dilationW: int,
-    dilationH: int,
-    group: int,
-    deformable_group: int,
+    *,
     scale: float,
-    im2col_step: int,
+    **shape: int,
 ) -> None:
     """Add ``scale`` times the gradient to ``grad_weight``."""
-    geometry = _Geometry((dH, dW), (padH, padW), (dilationH, dilationW), group, deformable_group)
+    geometry = _Geometry.plain(**shape)
     # The gradient of the weight does not depend on the weight: any of its shape does.
     by_weight = _backward(grad_output, input, grad_weight, offset, None, geometry)[1]
     grad_weight.add_(by_weight, alpha=scale)
@@ -131,27 +146,17 @@ def modulated_deform_conv_forward(
     mask: Tensor,
     output: Tensor,
     columns: Tensor,
-    kernel_h: int,
-    kernel_w: int,
-    stride_h: int,
-    stride_w: int,
-    pad_h: int,
-    pad_w: int,
-    dilation_h: int,
-    dilation_w: int,
-    group: int,
-    deformable_group: int,
+    *,
     with_bias: bool,
+    **shape: int,
 ) -> None:
     """Fill ``output``. ``columns`` and ``ones`` are mmcv's working memory.
 
     Offset and mask may be of another size than the output, as DyHead passes them: what an image has
     of them is read as flat memory, from the front.
     """
-    geometry = _Geometry(
-        (stride_h, stride_w), (pad_h, pad_w), (dilation_h, dilation_w), group, deformable_group
-    )
-    taps, size = deformable_group * kernel_h * kernel_w, output.shape[2:]
+    geometry = _Geometry.modulated(**shape)
+    taps, size = geometry.taps(), output.shape[2:]
     result = _forward(
         input, weight, _front(offset, 2 * taps, size), _front(mask, taps, size), geometry
     )
@@ -173,23 +178,13 @@ def modulated_deform_conv_backward(
     grad_offset: Tensor,
     grad_mask: Tensor,
     grad_output: Tensor,
-    kernel_h: int,
-    kernel_w: int,
-    stride_h: int,
-    stride_w: int,
-    pad_h: int,
-    pad_w: int,
-    dilation_h: int,
-    dilation_w: int,
-    group: int,
-    deformable_group: int,
+    *,
     with_bias: bool,
+    **shape: int,
 ) -> None:
     """Add the gradients to the tensors that are named for them."""
-    geometry = _Geometry(
-        (stride_h, stride_w), (pad_h, pad_w), (dilation_h, dilation_w), group, deformable_group
-    )
-    taps, size = deformable_group * kernel_h * kernel_w, grad_output.shape[2:]
+    geometry = _Geometry.modulated(**shape)
+    taps, size = geometry.taps(), grad_output.shape[2:]
     by_input, by_weight, by_offset, by_mask = _backward(
         grad_output,
         input,
@@ -221,18 +216,15 @@ def _front(tensor: Tensor, channels: int, size: torch.Size) -> Tensor:
 def _unfront(front: Tensor, like: Tensor) -> Tensor:
     """Values of every image in the place where ``_front`` took them from; 0 elsewhere."""
     flat = front.flatten(1)
-    rest = like[0].numel() - flat.shape[1]
+    rest = like.flatten(1).shape[1] - flat.shape[1]
     return torch.nn.functional.pad(flat, (0, rest)).view(like.shape)
 
 
 def _forward(
     input: Tensor, weight: Tensor, offset: Tensor, mask: Tensor | None, geometry: _Geometry
 ) -> Tensor:
-    input, weight, offset, mask, bias = _arguments(input, weight, offset, mask)
-    with_mask = mask.numel() > 0
-    return torch.ops.torchvision.deform_conv2d(
-        input, weight, offset, mask, bias, *geometry.numbers(), with_mask
-    )
+    tensors = _arguments(input, weight, offset, mask)
+    return torch.ops.torchvision.deform_conv2d(*tensors, *geometry.numbers(), mask is not None)
 
 
 def _backward(
@@ -244,12 +236,11 @@ def _backward(
     geometry: _Geometry,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients by input, weight, offset and mask."""
-    input, weight, offset, mask, bias = _arguments(input, weight, offset, mask)
+    tensors = _arguments(input, weight, offset, mask)
     by_input, by_weight, by_offset, by_mask, _ = torch.ops.torchvision._deform_conv2d_backward(
-        wide(grad), input, weight, offset, mask, bias, *geometry.numbers(), mask.numel() > 0
+        wide(grad), *tensors, *geometry.numbers(), mask is not None
     )
-    kernel = (weight.shape[2], weight.shape[3])
-    inside = _inside(offset, (input.shape[2], input.shape[3]), kernel, geometry)
+    inside = _inside(wide(offset), (input.shape[2], input.shape[3]), geometry)
     return by_input, by_weight, by_offset * inside, by_mask
 
 
@@ -262,15 +253,13 @@ def _arguments(
     return input, wide(weight), wide(offset), mask, input.new_zeros(len(weight))
 
 
-def _inside(
-    offset: Tensor, size: tuple[int, int], kernel: tuple[int, int], geometry: _Geometry
-) -> Tensor:
+def _inside(offset: Tensor, size: tuple[int, int], geometry: _Geometry) -> Tensor:
     """Whether taps lie less than a pixel outside of the input, in the shape of the offset."""
-    taps = offset.unflatten(1, (geometry.deform_groups, *kernel, 2))
+    taps = offset.unflatten(1, (geometry.deform_groups, *geometry.kernel, 2))
     within = []
     for axis in (0, 1):
         out = torch.arange(offset.shape[2 + axis], device=offset.device) * geometry.stride[axis]
-        tap = torch.arange(kernel[axis], device=offset.device) * geometry.dilation[axis]
+        tap = torch.arange(geometry.kernel[axis], device=offset.device) * geometry.dilation[axis]
         shape = [1] * 6  # B, deform groups, KH, KW, HO, WO
         shape[2 + axis], shape[4 + axis] = len(tap), len(out)
         grid = (tap[:, None] + out - geometry.padding[axis]).view(shape)
