@@ -304,10 +304,11 @@ def _cfg(name: str, patch_size: int = 16, **kwargs: Any) -> dict[str, Any]:
 
 
 _ATTOS = ("dinat_isotropic_atto.untrained", "vitrpb_atto.untrained")
-_SMALL = {"num_classes": 10, "input_size": (3, 64, 64), "pool_size": (8, 8), "crop_pct": 1.0}
+_SMALL = {"num_classes": 10, "input_size": (3, 64, 64), "crop_pct": 1.0}
 default_cfgs = generate_default_cfgs(
     {
-        **{name: _cfg(name, patch_size=8, **_SMALL) for name in _ATTOS},
+        _ATTOS[0]: _cfg(_ATTOS[0], patch_size=8, **_SMALL, pool_size=(8, 8)),
+        _ATTOS[1]: _cfg(_ATTOS[1], **_SMALL, pool_size=(4, 4)),
         **{name: _cfg(name, origin_url=_ORIGIN) for name in _PUBLISHED},
     }
 )
@@ -335,8 +336,9 @@ def dinat_isotropic_atto(pretrained: bool = False, **kwargs: Any) -> IsotropicNA
 
 @register
 def vitrpb_atto(pretrained: bool = False, **kwargs: Any) -> IsotropicNAT:
-    """469,942 parameters (10 classes); ours, for tests and demos, on 64 x 64 pixels."""
-    return _create("vitrpb_atto", pretrained, **{**_ATTO, "kernel_size": None, **kwargs})
+    """747,100 parameters (10 classes); ours, for tests and demos, on 64 x 64 pixels."""
+    args = {**_ATTO, "patch_size": 16, "depth": 6, "kernel_size": None}
+    return _create("vitrpb_atto", pretrained, **{**args, **kwargs})
 
 
 @register
