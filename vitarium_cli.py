@@ -439,6 +439,8 @@ def _test_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--checkpoint", metavar="FILE", help="(default: best.safetensors in DIR, or CONFIG's own)"
     )
+    text = "of a detector, best and worst images to draw, 0 for none (default: 4 of each)"
+    parser.add_argument("--pictures", type=_count, metavar="N", help=text)
     output = parser.add_mutually_exclusive_group()
     output.add_argument("--csv", metavar="FILE", help="write the results to FILE too")
     output.add_argument("--json", action="store_true", help="print JSON")

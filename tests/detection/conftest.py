@@ -6,7 +6,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-from detectors import TOY, detector
+from small import TOY, detector
 
 from vitarium.data.folders import SceneSet, ensure
 

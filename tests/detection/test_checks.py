@@ -11,8 +11,8 @@ import shutil
 from pathlib import Path
 
 import torch
-from detectors import detector
 from mmengine.config import Config
+from small import detector
 
 from vitarium.detection import checks
 from vitarium.detection.configs import load_config

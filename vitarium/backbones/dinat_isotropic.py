@@ -304,7 +304,7 @@ def _cfg(name: str, patch_size: int = 16, **kwargs: Any) -> dict[str, Any]:
 
 
 _ATTOS = ("dinat_isotropic_atto.untrained", "vitrpb_atto.untrained")
-_SMALL = {"num_classes": 10, "input_size": (3, 64, 64), "crop_pct": 1.0}
+_SMALL: dict[str, Any] = {"num_classes": 10, "input_size": (3, 64, 64), "crop_pct": 1.0}
 default_cfgs = generate_default_cfgs(
     {
         _ATTOS[0]: _cfg(_ATTOS[0], patch_size=8, **_SMALL, pool_size=(8, 8)),

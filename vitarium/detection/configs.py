@@ -83,6 +83,13 @@ def _literal(text: str) -> Any:
         return text
 
 
+def without_pretrained(config: Config) -> None:
+    """A checkpoint's weights follow: those of a classifier need not be fetched before."""
+    backbone = config.model.get("backbone") or {}
+    if backbone.get("type") == "FeatureBackbone" and backbone.get("pretrained"):
+        config.model.backbone.pretrained = False
+
+
 def save_config(config: Config, path: Path) -> None:
     """Write what `differences` compares with."""
     with replacing(path) as temporary:

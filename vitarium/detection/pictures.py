@@ -41,30 +41,28 @@ class Objects:
 
     @classmethod
     def of(cls, instances: InstanceData, threshold: float = 0.0) -> Objects:
-        """mmdet's instances whose score is at least the threshold, the likeliest first."""
+        """Instances of mmdet's whose score is at least the threshold, the likeliest first."""
         values: dict[str, Any] = {key: instances[key] for key in instances.keys()}  # noqa: SIM118
-        masks = values.get("masks")
-        if hasattr(masks, "to_ndarray"):  # of mmdet's annotations
-            masks = masks.to_ndarray()
-        boxes = values["bboxes"]
-        arrays = {
-            "boxes": _array(getattr(boxes, "tensor", boxes)),
-            "labels": _array(values["labels"]),
-            "scores": None if "scores" not in values else _array(values["scores"]),
-            "masks": None if masks is None else _array(masks).astype(bool),
-        }
-        scores = arrays["scores"]
-        if scores is not None:
-            order = np.argsort(-scores, kind="stable")
-            order = order[scores[order] >= threshold]
-            arrays = {key: x if x is None else x[order] for key, x in arrays.items()}
-        return cls(**arrays)
+        boxes, labels = _array(values["bboxes"]), _array(values["labels"])
+        scores = _array(values["scores"]) if "scores" in values else None
+        masks = _array(values["masks"]).astype(bool) if "masks" in values else None
+        if scores is None:
+            return cls(boxes, labels, None, masks)
+        order = np.argsort(-scores, kind="stable")
+        order = order[scores[order] >= threshold]
+        return cls(
+            boxes[order], labels[order], scores[order], None if masks is None else masks[order]
+        )
 
     def rows(self, names: Sequence[str]) -> list[dict[str, Any]]:
         """One dictionary for each, of plain values."""
         rows = []
         for i, label in enumerate(self.labels.tolist()):
-            row = {"index": label, "label": _name(names, label), "box": self.boxes[i].round(2).tolist()}
+            row = {
+                "index": label,
+                "label": _name(names, label),
+                "box": self.boxes[i].round(2).tolist(),
+            }
             if self.scores is not None:
                 row["score"] = float(self.scores[i])
             if self.masks is not None:
@@ -114,7 +112,9 @@ class Extremes(Hook):
         threshold: least score.
     """
 
-    def __init__(self, folder: Path, names: Sequence[str], count: int, threshold: float) -> None:
+    def __init__(
+        self, folder: Path, names: Sequence[str], count: int, threshold: float = 0.3
+    ) -> None:
         self._folder = folder
         self._names = names
         self._count = count
@@ -160,8 +160,9 @@ class Extremes(Hook):
         suffix = f"_{get_rank()}" if get_rank() else ""
         for kind, chosen in (("best", self._seen[-count:][::-1]), ("worst", self._seen[:count])):
             rows = [self._row(*each) for each in chosen]
-            size = max(x.width for row in rows for x, _ in row), max(
-                x.height for row in rows for x, _ in row
+            size = (
+                max(x.width for row in rows for x, _ in row),
+                max(x.height for row in rows for x, _ in row),
             )
             rows = [[(_padded(panel, size), text) for panel, text in row] for row in rows]
             file = self._folder / f"{kind}{suffix}.png"
@@ -190,9 +191,11 @@ def _truth(sample: Any) -> Objects:
     height, width = sample.ori_shape[:2]
     masks = there.masks
     if masks is not None and masks.shape[1:] != (height, width):
-        masks = np.stack(
-            [np.asarray(Image.fromarray(mask).resize((width, height))) for mask in masks]
-        ) if len(masks) else np.zeros((0, height, width), bool)
+        masks = (
+            np.stack([np.asarray(Image.fromarray(mask).resize((width, height))) for mask in masks])
+            if len(masks)
+            else np.zeros((0, height, width), bool)
+        )
     return Objects(there.boxes / np.tile(scale, 2), there.labels, None, masks)
 
 
@@ -217,7 +220,11 @@ def _overlap(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def _array(values: Any) -> np.ndarray:
-    return values.detach().cpu().numpy() if isinstance(values, torch.Tensor) else np.array(values)
+    """Of a tensor, or of mmdet's boxes or masks."""
+    if hasattr(values, "to_ndarray"):
+        return values.to_ndarray()
+    tensor: torch.Tensor = getattr(values, "tensor", values)
+    return tensor.detach().cpu().numpy()
 
 
 def _padded(panel: Image.Image, size: tuple[int, int]) -> Image.Image:

@@ -14,7 +14,7 @@ from mmengine.registry import DefaultScope
 from PIL import Image
 
 from vitarium.detection.checkpoints import read
-from vitarium.detection.configs import load_config
+from vitarium.detection.configs import load_config, without_pretrained
 from vitarium.detection.pictures import Objects, class_names
 from vitarium.heads.mmdet.released import load_detector
 
@@ -49,6 +49,7 @@ class Predictor:
         for key in ("model", "test_dataloader"):
             if settings.get(key) is None:
                 raise ValueError(f"{config}: {key}: expected it for predictions, found none")
+        without_pretrained(settings)
         held = read(Path(checkpoint))
         dataset = settings.test_dataloader.dataset
         with DefaultScope.overwrite_default_scope("mmdet"):

@@ -26,8 +26,10 @@ from torch import nn
 from vitarium.checkpoints.disk import replacing
 from vitarium.detection import checks
 from vitarium.detection.checkpoints import WholeCheckpointHook, newest, read
-from vitarium.detection.configs import differences, load_config, save_config
+from vitarium.detection.configs import differences, load_config, save_config, without_pretrained
 from vitarium.detection.loops import EpochLoop, IterLoop
+from vitarium.detection.pictures import Extremes, class_names
+from vitarium.heads.mmdet.released import for_detector
 from vitarium.tools.list import did_you_mean
 from vitarium.training.signals import interruption
 
@@ -111,7 +113,7 @@ class DetectionRunner(Runner):
         if self._resume:
             return super().load_checkpoint(filename, *args, **kwargs)
         content = read(Path(filename))
-        state = content.setdefault("state_dict", dict(content))
+        state, _ = for_detector(content.setdefault("state_dict", dict(content)), self._detector)
         content["state_dict"] = checks.fitting(
             state, self._detector, filename, self.cfg.get("load_skip")
         )
@@ -185,6 +187,7 @@ def measure(
     checkpoint: str | None = None,
     device: str | None = None,
     launcher: str | None = None,
+    pictures: int = 0,
 ) -> dict[str, float]:
     """Measure weights on a config's test data.
 
@@ -195,6 +198,8 @@ def measure(
         checkpoint: weights; None for the best ones in ``output``, or else the newest.
         device: as for `train`.
         launcher: as for `train`.
+        pictures: how many of the best and of the worst images are drawn, to ``best.png`` and
+            ``worst.png`` in ``test``.
 
     Returns:
         The measures.
@@ -213,8 +218,18 @@ def measure(
         _say(f"weights of {weights}")
         config.work_dir, config.load_from = str(output / "test"), str(weights)
         config.resume = False
+        without_pretrained(config)
         with _registered():
-            return dict(DetectionRunner.from_cfg(config).test())
+            runner = DetectionRunner.from_cfg(config)
+        names = class_names(runner.test_dataloader.dataset.metainfo)
+        extremes = Extremes(output / "test", names, pictures)
+        if pictures:
+            runner.register_hook(extremes)
+        with _registered():
+            measures = dict(runner.test())
+        for file in extremes.written:
+            _say(f"wrote {file}")
+        return measures
 
 
 def _check_folder(output: Path, config: Config, resume: bool) -> None:
@@ -284,9 +299,8 @@ def _processes(config: Config, device: str | None, launcher: str | None) -> Iter
     if device not in (None, "cpu", *(["cuda"] if cuda else [])):
         raise ValueError(f"device: expected cpu{' or cuda' * cuda}, got {device!r}")
     cpu = device == "cpu" or not cuda
-    settings = config.setdefault("randomness", {})
-    settings.setdefault("seed", 0)
-    if settings.get("deterministic"):  # cuBLAS asks for it, before its first call
+    config.randomness = {"seed": 0, **config.get("randomness", {})}
+    if config.randomness.get("deterministic"):  # cuBLAS asks for it, before its first call
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     config.setdefault("default_scope", "mmdet")
     config.launcher = _launcher(launcher)

@@ -9,7 +9,9 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
-from vitarium.tools.train import chosen, config_file, overrides, require_detection
+from vitarium.tools.train import check_options, chosen, config_file, overrides
+
+_PICTURES = 4  # images of the best, and as many of the worst
 
 
 def run(args: Namespace) -> int:
@@ -22,7 +24,7 @@ def run(args: Namespace) -> int:
     path = config_file(args.config)
     output = Path(args.output or f"outputs/{path.stem}")
     if path.suffix == ".py":
-        require_detection(args)
+        check_options(args)
         from vitarium.detection.runner import measure
 
         measures = measure(
@@ -32,10 +34,13 @@ def run(args: Namespace) -> int:
             checkpoint=args.checkpoint,
             device=args.device,
             launcher=args.launcher,
+            pictures=_PICTURES if args.pictures is None else args.pictures,
         )
         if os.environ.get("RANK", "0") == "0":
             _show(measures, args)
         return 0
+    if args.pictures is not None:
+        raise ValueError(f"--pictures: not for {args.config}, which is no detector's")
     config, _ = chosen(args.config, overrides(args))
     from vitarium.training.engine import Engine
 

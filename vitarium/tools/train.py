@@ -26,7 +26,7 @@ def run(args: Namespace) -> int:
     path = config_file(args.config)
     output = Path(args.output or f"outputs/{path.stem}")
     if path.suffix == ".py":
-        require_detection(args)
+        check_options(args)
         from vitarium.detection.runner import train
 
         measures = train(
@@ -61,7 +61,7 @@ def config_file(config: str) -> Path:
     path = Path(config)
     if path.suffix in _KINDS and path.exists():
         return path
-    shipped = {file.stem: file for kind in _KINDS for file in sorted(_CONFIGS.rglob(f"*{kind}"))}
+    shipped = {file.stem: file for kind in _KINDS for file in sorted(_CONFIGS.glob(f"*/*{kind}"))}
     name = path.name.removesuffix(path.suffix) if path.suffix in _KINDS else path.name
     if (
         name not in shipped
@@ -99,7 +99,7 @@ def overrides(args: Namespace) -> list[str]:
     return [*args.set, *(["data.strict=true"] if args.strict else [])]
 
 
-def require_detection(args: Namespace) -> None:
+def check_options(args: Namespace) -> None:
     """See that detectors can be trained here, as the command line asks.
 
     Raises:
@@ -109,6 +109,15 @@ def require_detection(args: Namespace) -> None:
         raise ValueError(
             f"--strict: not for {args.config}: mmdet stops at an image that cannot be read"
         )
+    require_detection()
+
+
+def require_detection() -> None:
+    """See that mmdet is there.
+
+    Raises:
+        ValueError: a package is missing.
+    """
     for package in ("mmdet", "mmcv", "mmengine"):
         if find_spec(package) is None:
             raise ValueError(f'{package} is not installed: pip install "vitarium[det]"')

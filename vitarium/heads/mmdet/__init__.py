@@ -9,8 +9,6 @@ is spawned and not forked reads no config: mmengine's ``mp_start_method`` stays 
 
 from __future__ import annotations
 
-import importlib.util
-
 try:
     import mmcv  # noqa: F401
     import mmdet  # noqa: F401
@@ -19,12 +17,11 @@ except ModuleNotFoundError as error:
         f'{error.name} is not installed: pip install "vitarium[det]"', name=error.name
     ) from error
 
-from vitarium.heads.mmdet import operators
+from vitarium.heads.mmdet import operators, stack
 from vitarium.heads.mmdet.backbone import FeatureBackbone
 from vitarium.heads.mmdet.released import load_detector
 
 __all__ = ["FeatureBackbone", "load_detector"]
 
 operators.provide()
-if importlib.util.find_spec(f"{__name__}.stack") is not None:
-    importlib.import_module(f"{__name__}.stack").mend()
+stack.mend()
