@@ -31,7 +31,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent / "detection"))
 
 import torch
-from detectors import detector
+from small import detector
 from train_storm import _PATIENCE, _train, _wait
 
 from vitarium.checkpoints import CheckpointError

@@ -102,7 +102,8 @@ class Extremes(Hook):
 
     An image counts by the share of what is on it and what is found that match, 2 TP / (2 TP + FP +
     FN): a box matches one of its class that overlaps it by half, what is found is what has the
-    threshold's score. Images on which nothing is and nothing is found do not count.
+    threshold's score. Images on which nothing is and nothing is found do not count. What is there
+    is in pixels of the file, as mmdet's own tests have it: annotations are loaded after `Resize`.
 
     Args:
         folder: of the pictures, ``best.png`` and ``worst.png``; with several processes each writes
@@ -140,7 +141,7 @@ class Extremes(Hook):
                     "test_dataloader.dataset.pipeline: expected LoadAnnotations in it for pictures "
                     "of the best and the worst images, found none"
                 )
-            there, found = _truth(sample), Objects.of(sample.pred_instances, self._threshold)
+            there, found = Objects.of(sample.gt_instances), Objects.of(sample.pred_instances, self._threshold)
             if len(there.labels) or len(found.labels):
                 share = _agreement(there, found)
                 self._seen.append((share, sample.img_path, there, found))
@@ -182,21 +183,6 @@ class Extremes(Hook):
         captions = f"{Path(path).name}: {share:.0%} match", f"{len(there.labels)} there"
         panels = (draw(image, objects, self._names) for objects in (found, there))
         return list(zip(panels, captions, strict=True))
-
-
-def _truth(sample: Any) -> Objects:
-    """The annotations of an image, brought back to its size before the pipeline."""
-    there = Objects.of(sample.gt_instances)
-    scale = np.array(sample.metainfo.get("scale_factor", (1.0, 1.0)), np.float32)
-    height, width = sample.ori_shape[:2]
-    masks = there.masks
-    if masks is not None and masks.shape[1:] != (height, width):
-        masks = (
-            np.stack([np.asarray(Image.fromarray(mask).resize((width, height))) for mask in masks])
-            if len(masks)
-            else np.zeros((0, height, width), bool)
-        )
-    return Objects(there.boxes / np.tile(scale, 2), there.labels, None, masks)
 
 
 def _agreement(there: Objects, found: Objects) -> float:

@@ -15,7 +15,10 @@ data = {
     "data_root": root,
     "test_mode": True,
 }
+image = {"type": "LoadImageFromFile"}
+annotations = {"type": "LoadAnnotations", "with_bbox": True, "with_mask": True}
 resize = {"type": "Resize", "scale": (160, 160), "keep_ratio": True}
+pack = {"type": "PackDetInputs"}
 
 model = {
     "data_preprocessor": {"mean": [127.5] * 3, "std": [127.5] * 3},
@@ -56,12 +59,7 @@ train_dataloader = {
         "ann_file": "annotations/instances_train.json",
         "data_prefix": {"img": "train/"},
         "test_mode": False,
-        "pipeline": [
-            {"type": "LoadImageFromFile"},
-            {"type": "LoadAnnotations", "with_bbox": True, "with_mask": True},
-            resize,
-            {"type": "PackDetInputs"},
-        ],
+        "pipeline": [image, annotations, resize, pack],
     },
 }
 val_dataloader = test_dataloader = {
@@ -72,11 +70,7 @@ val_dataloader = test_dataloader = {
         **data,
         "ann_file": "annotations/instances_val.json",
         "data_prefix": {"img": "val/"},
-        "pipeline": [
-            {"type": "LoadImageFromFile"},
-            resize,
-            {"type": "PackDetInputs"},
-        ],
+        "pipeline": [image, resize, annotations, pack],
     },
 }
 val_evaluator = test_evaluator = {
@@ -103,4 +97,3 @@ default_hooks = {
     "checkpoint": {"type": "CheckpointHook", "by_epoch": False, "interval": 100},
 }
 log_processor = {"by_epoch": False}
-randomness = {"seed": 0}
