@@ -141,7 +141,8 @@ class Extremes(Hook):
                     "test_dataloader.dataset.pipeline: expected LoadAnnotations in it for pictures "
                     "of the best and the worst images, found none"
                 )
-            there, found = Objects.of(sample.gt_instances), Objects.of(sample.pred_instances, self._threshold)
+            there = Objects.of(sample.gt_instances)
+            found = Objects.of(sample.pred_instances, self._threshold)
             if len(there.labels) or len(found.labels):
                 share = _agreement(there, found)
                 self._seen.append((share, sample.img_path, there, found))
