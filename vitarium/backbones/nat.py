@@ -125,8 +125,8 @@ _DIGITS = "nat_atto.vitarium_digits"
 _WEIGHTS = {
     _DIGITS: Weight(
         file=f"{_DIGITS}.safetensors",
-        size=5_636_104,
-        sha256="1a94fd0fa93b12d9b5cd8b94e4a25cef4c76bcef4ae3210791ee962c41abeabe",
+        size=5_637_312,
+        sha256="1a6603596bff38e5bb839ef4086af8b1e329acea1961df896b5103d212e052dd",
         wrapper="plain",
         licence="Apache-2.0",
     ),
