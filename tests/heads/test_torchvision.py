@@ -461,7 +461,8 @@ def test_boxes_without_size_are_refused():
 def test_page(capsys):
     """The example with fewer steps and regions."""
     page = (Path(__file__).parents[2] / "docs" / "detection.md").read_text(encoding="utf-8")
-    (code,) = re.findall(r"^```python\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    section = page.partition("## With torchvision\n")[2]
+    (code,) = re.findall(r"^```python\n(.*?)^```$", section, re.MULTILINE | re.DOTALL)
     for name, value in {"STEPS ": 2, "box_batch_size_per_image": 4, "top_n_test": 10}.items():
         code, count = re.subn(rf"{name}= ?\d+", f"{name}={value}", code)
         assert count == 1
