@@ -58,7 +58,7 @@ def test_without_a_command_it_helps(program):
     ("argv", "line"),
     [
         (["lst"], "argument COMMAND: invalid choice: 'lst'"),
-        (["predict", "a.png"], "the following arguments are required: --model"),
+        (["predict", "a.png"], "one of the arguments --model --config is required"),
         (["predict", "--model", "nat_atto", "--topk", "0", "a.png"], "expected a positive integer"),
         (["features", "a.png", "--model", "nat_atto", "--size", "big"], "expected a positive"),
         (["visualize", "a.png", "--model", "nat_atto", "--pixel", "3"], "expected X,Y in pixels"),
