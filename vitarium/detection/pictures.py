@@ -105,42 +105,39 @@ class Extremes(Hook):
     threshold's score. Images on which nothing is and nothing is found do not count. What is there
     is in pixels of the file, as mmdet's own tests have it: annotations are loaded after `Resize`.
 
+    Attributes:
+        written: the pictures.
+        blind: whether there were images without annotations or without a path, which were left out.
+
     Args:
         folder: of the pictures, ``best.png`` and ``worst.png``; with several processes each writes
             those of its images, ``best_1.png`` and so on.
-        names: of the classes.
         count: images of each kind.
         threshold: least score.
     """
 
-    def __init__(
-        self, folder: Path, names: Sequence[str], count: int, threshold: float = 0.3
-    ) -> None:
+    def __init__(self, folder: Path, count: int, threshold: float = 0.3) -> None:
         self._folder = folder
-        self._names = names
+        self._names: Sequence[str] = ()
         self._count = count
         self._threshold = threshold
         self._seen: list[tuple[float, str, Objects, Objects]] = []
         self.written: list[Path] = []
+        self.blind = False
 
     def before_test(self, runner: Any) -> None:
         """Forget what was seen."""
-        self._seen, self.written = [], []
+        self._names = class_names(runner.test_dataloader.dataset.metainfo)
+        self._seen, self.written, self.blind = [], [], False
 
     def after_test_iter(
         self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None
     ) -> None:
-        """Look at a batch.
-
-        Raises:
-            ValueError: the data come without annotations.
-        """
+        """Look at a batch."""
         for sample in outputs:
-            if "gt_instances" not in sample:
-                raise ValueError(
-                    "test_dataloader.dataset.pipeline: expected LoadAnnotations in it for pictures "
-                    "of the best and the worst images, found none"
-                )
+            if "bboxes" not in sample.gt_instances or "img_path" not in sample:
+                self.blind = True
+                continue
             there = Objects.of(sample.gt_instances)
             found = Objects.of(sample.pred_instances, self._threshold)
             if len(there.labels) or len(found.labels):

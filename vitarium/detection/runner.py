@@ -28,7 +28,7 @@ from vitarium.detection import checks
 from vitarium.detection.checkpoints import WholeCheckpointHook, newest, read
 from vitarium.detection.configs import differences, load_config, save_config, without_pretrained
 from vitarium.detection.loops import EpochLoop, IterLoop
-from vitarium.detection.pictures import Extremes, class_names
+from vitarium.detection.pictures import Extremes
 from vitarium.heads.mmdet.released import for_detector
 from vitarium.tools.list import did_you_mean
 from vitarium.training.signals import interruption
@@ -221,14 +221,18 @@ def measure(
         without_pretrained(config)
         with _registered():
             runner = DetectionRunner.from_cfg(config)
-        names = class_names(runner.test_dataloader.dataset.metainfo)
-        extremes = Extremes(output / "test", names, pictures)
+        extremes = Extremes(output / "test", pictures)
         if pictures:
             runner.register_hook(extremes)
         with _registered():
             measures = dict(runner.test())
         for file in extremes.written:
             _say(f"wrote {file}")
+        if extremes.blind:
+            _say(
+                "no pictures: test_dataloader.dataset.pipeline has no LoadAnnotations, or packs no "
+                "img_path"
+            )
         return measures
 
 
