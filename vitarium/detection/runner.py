@@ -113,7 +113,9 @@ class DetectionRunner(Runner):
         if self._resume:
             return super().load_checkpoint(filename, *args, **kwargs)
         content = read(Path(filename))
-        state, _ = for_detector(content.setdefault("state_dict", dict(content)), self._detector)
+        state = content.setdefault("state_dict", dict(content))
+        if hasattr(self._detector, "backbone"):
+            state, _ = for_detector(state, self._detector)
         content["state_dict"] = checks.fitting(
             state, self._detector, filename, self.cfg.get("load_skip")
         )

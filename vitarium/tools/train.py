@@ -61,7 +61,8 @@ def config_file(config: str) -> Path:
     path = Path(config)
     if path.suffix in _KINDS and path.exists():
         return path
-    shipped = {file.stem: file for kind in _KINDS for file in sorted(_CONFIGS.glob(f"*/*{kind}"))}
+    files = (file for kind in _KINDS for file in sorted(_CONFIGS.rglob(f"*{kind}")))
+    shipped = {file.stem: file for file in files if file.parent.name != "_base_"}
     name = path.name.removesuffix(path.suffix) if path.suffix in _KINDS else path.name
     if (
         name not in shipped

@@ -7,7 +7,7 @@
 custom_imports = {"imports": ["vitarium.heads.mmdet"]}
 _base_ = "_base_/mask_rcnn.py"
 
-updates = 600
+updates = 500
 root = str(__import__("vitarium.data.folders", fromlist="*").ensure("detection"))
 data = {
     "type": "CocoDataset",
