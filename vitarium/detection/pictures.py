@@ -135,7 +135,7 @@ class Extremes(Hook):
     ) -> None:
         """Look at a batch."""
         for sample in outputs:
-            if "bboxes" not in sample.gt_instances or "img_path" not in sample:
+            if not _can_be_judged(sample):
                 self.blind = True
                 continue
             there = Objects.of(sample.gt_instances)
@@ -181,6 +181,12 @@ class Extremes(Hook):
         captions = f"{Path(path).name}: {share:.0%} match", f"{len(there.labels)} there"
         panels = (draw(image, objects, self._names) for objects in (found, there))
         return list(zip(panels, captions, strict=True))
+
+
+def _can_be_judged(sample: Any) -> bool:
+    """Whether it has boxes, those that are there too, and tells where its image is."""
+    parts = [getattr(sample, name, ()) for name in ("gt_instances", "pred_instances")]
+    return all("bboxes" in part for part in parts) and "img_path" in sample
 
 
 def _agreement(there: Objects, found: Objects) -> float:
