@@ -2,12 +2,13 @@
 #
 # Command: vitarium train mask_rcnn_nat_atto_digits
 # Hardware: two CPU cores; scenes are made on first use, in half a minute
-# Expected result: not run
+# Expected result: box AP 0.669, mask AP 0.728 on scenes of held-out digits with 500 updates, in 557
+#     seconds on two cores beside other load, measured; not run at this length
 # Source: vitarium
 custom_imports = {"imports": ["vitarium.heads.mmdet"]}
 _base_ = "_base_/mask_rcnn.py"
 
-updates = 500
+updates = 400
 root = str(__import__("vitarium.data.folders", fromlist="*").ensure("detection"))
 data = {
     "type": "CocoDataset",
