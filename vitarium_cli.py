@@ -436,9 +436,8 @@ def _train_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _test_arguments(parser: argparse.ArgumentParser) -> None:
     _config_arguments(parser)
-    parser.add_argument(
-        "--checkpoint", metavar="FILE", help="(default: best.safetensors in DIR, or CONFIG's own)"
-    )
+    text = "(default: the best in DIR, of a detector else its newest; or CONFIG's own)"
+    parser.add_argument("--checkpoint", metavar="FILE", help=text)
     text = "of a detector, best and worst images to draw, 0 for none (default: 4 of each)"
     parser.add_argument("--pictures", type=_count, metavar="N", help=text)
     output = parser.add_mutually_exclusive_group()

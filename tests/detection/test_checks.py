@@ -146,7 +146,7 @@ def test_a_config_of_mmdet_2_is_told_what_to_change(tmp_path):
 BUILT = {
     "near names of backbones": (
         'model["backbone"]["name"] = "nat_ato"',
-        r"expected a model of vitarium or timm, got 'nat_ato'; near it: nat_atto",
+        r"expected a model of vitarium or timm, got 'nat_ato'; did you mean nat_atto",
     ),
     "near kinds of backbones": (
         'model["backbone"] = dict(type="ResNett", depth=50)',

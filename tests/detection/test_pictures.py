@@ -136,10 +136,18 @@ def test_predict(config, scenes, tmp_path, program):
 
 def test_options_that_do_not_apply(config, program):
     for argv, message in (
-        (("--model", "nat_atto", "--threshold", 0.5), "--threshold: not for --model"),
+        (("--model", "nat_atto", "--threshold", 0), "--threshold: not for --model"),
         (("--model", "nat_atto", "--set", "a=1"), "--set: not for --model"),
         (("--config", config), "--checkpoint: expected the detector's weights"),
         (("--config", config, "--checkpoint", "x", "--topk", 3), "--topk: not for --config"),
+        (
+            ("--config", config, "--checkpoint", "x", "--threshold", "nan"),
+            "--threshold: expected 0 ... 1, got nan",
+        ),
+        (
+            ("y/x.jpg", "--config", config, "--checkpoint", "x"),
+            "IMAGE: expected names that differ, two would be drawn to outputs",
+        ),
         (("--config", "atto_digits", "--checkpoint", "x"), "--config: expected that of a detector"),
     ):
         status, out, err = program("predict", "x.png", *argv)

@@ -130,9 +130,9 @@ def test_with_cp():
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"name": "nat_mnii"}, "name: .* got 'nat_mnii'; near it: nat_mini"),
-        ({"name": "nat_mini.shi_in1"}, "near it: nat_mini.shi_in1k"),
-        ({"name": "#"}, "near it: nothing"),
+        ({"name": "nat_mnii"}, "name: .* got 'nat_mnii'; did you mean nat_mini"),
+        ({"name": "nat_mini.shi_in1"}, "did you mean .*nat_mini.shi_in1k"),
+        ({"name": "#"}, "got '#'$"),
         ({"frozen_stages": 0}, "frozen_stages: expected -1"),
         ({"frozen_stages": 5}, "expected True or 0 to 4 stages, got 5"),
         ({"init_cfg": {"type": "Kaiming", "layer": "Conv2d"}}, "init_cfg: expected None or"),

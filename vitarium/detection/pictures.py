@@ -105,15 +105,15 @@ class Extremes(Hook):
     threshold's score. Images on which nothing is and nothing is found do not count. What is there
     is in pixels of the file, as mmdet's own tests have it: annotations are loaded after `Resize`.
 
-    Attributes:
-        written: the pictures.
-        blind: whether there were images without annotations or without a path, which were left out.
-
     Args:
         folder: of the pictures, ``best.png`` and ``worst.png``; with several processes each writes
             those of its images, ``best_1.png`` and so on.
         count: images of each kind.
         threshold: least score.
+
+    Attributes:
+        written: the pictures.
+        blind: whether there were images without annotations or without a path, which were left out.
     """
 
     def __init__(self, folder: Path, count: int, threshold: float = 0.3) -> None:

@@ -68,10 +68,11 @@ class FeatureBackbone(nn.Module):
         super().__init__()
         if task is not None and task not in _TASKS:
             raise ValueError(f"task: expected None or one of {_TASKS}, got {task!r}")
-        if not timm.is_model(name):
-            hint = did_you_mean(name, timm.list_models())
+        entry, _, tag = name.partition(".")
+        known = _names(with_tags=bool(tag))
+        if not timm.is_model(name) or (tag and name not in known):
+            hint = did_you_mean(name, known)
             raise ValueError(f"name: expected a model of vitarium or timm, got {name!r}{hint}")
-        entry = name.partition(".")[0]
         family = entries().get(entry)
         weight = released(entry).get(name)
         if weight is not None and weight.task in _TASKS:
@@ -195,6 +196,14 @@ class FeatureBackbone(nn.Module):
         if self._channels_last:
             return [y.permute(0, 3, 1, 2).contiguous() for y in maps]
         return maps
+
+
+def _names(with_tags: bool) -> list[str]:
+    """What can be built, and with tags also whose weights."""
+    if not with_tags:
+        return timm.list_models()
+    detectors = [name for entry in entries() for name in released(entry)]
+    return timm.list_models(include_tags=True) + detectors
 
 
 def _ascending(name: str, indices: Sequence[int] | None, count: int) -> tuple[int, ...]:

@@ -39,7 +39,7 @@ def run(args: Namespace) -> int:
     if args.config is not None:
         return _detect(args, device)
     for option in ("set", "out", "threshold"):
-        if getattr(args, option):
+        if getattr(args, option) not in (None, []):
             raise ValueError(f"--{option}: not for --model, which classifies")
     topk = args.topk or _TOPK
     cfg = check_model(args.model, pretrained=args.checkpoint is None)
@@ -92,19 +92,25 @@ def _detect(args: Namespace, device: torch.device) -> int:
         raise ValueError("--checkpoint: expected the detector's weights, got none")
     if args.topk is not None:
         raise ValueError("--topk: not for --config; --threshold says what is shown")
+    threshold = _THRESHOLD if args.threshold is None else args.threshold
+    if not 0 <= threshold <= 1:
+        raise ValueError(f"--threshold: expected 0 ... 1, got {threshold}")
+    out = Path(args.out or "outputs")
+    pictures = [out / f"{Path(name).stem}.objects.png" for name in args.images]
+    twice = next((x for x in pictures if pictures.count(x) > 1), None)
+    if twice is not None:
+        raise ValueError(f"IMAGE: expected names that differ, two would be drawn to {twice}")
     require_detection()
     from vitarium.detection.pictures import draw
     from vitarium.detection.predictor import Predictor
 
     predictor = Predictor(path, args.checkpoint, device, args.set)
-    out = Path(args.out or "outputs")
-    threshold = _THRESHOLD if args.threshold is None else args.threshold
     out.mkdir(parents=True, exist_ok=True)
     results: list[dict[str, Any]] = []
     with open(args.csv or os.devnull, "w", newline="", encoding="utf-8") as file:
         table = csv.writer(file)
         table.writerow(("image", "rank", "index", "label", "score", "x1", "y1", "x2", "y2"))
-        for name in args.images:
+        for name, picture in zip(args.images, pictures, strict=True):
             try:
                 image = read_image(name)
             except ValueError as error:
@@ -112,7 +118,6 @@ def _detect(args: Namespace, device: torch.device) -> int:
                 results.append({"image": name, "error": str(error)})
                 continue
             objects = predictor(image, threshold)
-            picture = out / f"{Path(name).stem}.objects.png"
             save(draw(image, objects, predictor.names), picture)
             rows = objects.rows(predictor.names)
             results.append({"image": name, "picture": str(picture), "predictions": rows})

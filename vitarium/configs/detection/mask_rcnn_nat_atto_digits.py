@@ -2,8 +2,8 @@
 #
 # Command: vitarium train mask_rcnn_nat_atto_digits
 # Hardware: two CPU cores; scenes are made on first use, in half a minute
-# Expected result: box AP 0.669, mask AP 0.728 on scenes of held-out digits with 500 updates, in 557
-#     seconds on two cores beside other load, measured; not run at this length
+# Expected result: box AP 0.651, mask AP 0.708 on scenes of held-out digits, in 456 seconds on two
+#     cores, measured
 # Source: vitarium
 custom_imports = {"imports": ["vitarium.heads.mmdet"]}
 _base_ = "_base_/mask_rcnn.py"

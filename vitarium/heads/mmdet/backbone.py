@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from difflib import get_close_matches
 from typing import Any
 
-import timm
 from mmdet.registry import MODELS
 from torch import Tensor, nn
 
-from vitarium.backbones._registry import entries, released
 from vitarium.heads import features
 from vitarium.heads.mmdet.released import for_backbone
 
@@ -41,8 +38,8 @@ class FeatureBackbone(features.FeatureBackbone):
         **model_kwargs: further arguments of ``timm.create_model``, such as ``drop_path_rate``.
 
     Raises:
-        ValueError: an unknown name, with the names that are near it; what
-            :class:`vitarium.heads.features.FeatureBackbone` raises; another ``init_cfg``.
+        ValueError: what :class:`vitarium.heads.features.FeatureBackbone` raises; another
+            ``init_cfg``.
         CheckpointError: the weights cannot be had or read, or do not fit.
     """
 
@@ -59,12 +56,6 @@ class FeatureBackbone(features.FeatureBackbone):
         init_cfg: Mapping[str, Any] | None = None,
         **model_kwargs: Any,
     ) -> None:
-        known = _names(with_tags="." in name)
-        if name not in known:
-            near = ", ".join(get_close_matches(name, known)) or "nothing"
-            raise ValueError(
-                f"name: expected a model of vitarium or timm, got {name!r}; near it: {near}"
-            )
         if frozen_stages == 0 or frozen_stages < -1:
             raise ValueError(
                 f"frozen_stages: expected -1 (none) or a number of stages, got {frozen_stages}"
@@ -103,14 +94,6 @@ class FeatureBackbone(features.FeatureBackbone):
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
         """Image [B, in_chans, H, W] -> maps [B, channels[i], H / strides[i], W / strides[i]]."""
         return tuple(super().forward(x))
-
-
-def _names(with_tags: bool) -> list[str]:
-    """What can be built, and with tags also whose weights."""
-    if not with_tags:
-        return timm.list_models()
-    detectors = [name for entry in entries() for name in released(entry)]
-    return timm.list_models(include_tags=True) + detectors
 
 
 def _checkpoint_of(init_cfg: Mapping[str, Any]) -> str:
