@@ -3,6 +3,9 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 STAMP := .venv/.installed
+# mmcv asks for opencv-python, which wants a display's libraries and fills the folder of the other.
+HEADLESS = $(BIN)/python -m pip uninstall --quiet --yes opencv-python && \
+	$(INSTALL) --force-reinstall --no-deps opencv-python-headless
 # one process per core, one thread each (tests/conftest.py)
 PYTEST := $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal
 
@@ -87,13 +90,12 @@ $(STAMP): .venv/bin/python pyproject.toml constraints.txt
 
 $(STAMP)-demo: $(STAMP)
 	$(INSTALL) -e ".[demo]"
+	$(HEADLESS)
 	@touch $@
 
-# mmcv asks for opencv-python, which wants a display's libraries and fills the folder of the other.
 # natten: an oracle of the tests and a peer of the benchmarks; its build looks at torch
 $(STAMP)-dev: $(STAMP)
 	$(INSTALL) -e ".[dev]"
-	$(BIN)/python -m pip uninstall --quiet --yes opencv-python
-	$(INSTALL) --force-reinstall --no-deps opencv-python-headless
+	$(HEADLESS)
 	$(INSTALL) --no-build-isolation natten || echo "natten does not build here: its test is skipped"
 	@touch $@

@@ -425,6 +425,8 @@ def _config_arguments(parser: argparse.ArgumentParser) -> None:
         help="stop at an image that cannot be read, instead of naming it and going on",
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), help="(default: cuda if there is one)")
+    text = "of a detector, best and worst images to draw, 0 for none (default: 4 of each)"
+    parser.add_argument("--pictures", type=_count, metavar="N", help=text)
 
 
 def _train_arguments(parser: argparse.ArgumentParser) -> None:
@@ -438,8 +440,6 @@ def _test_arguments(parser: argparse.ArgumentParser) -> None:
     _config_arguments(parser)
     text = "(default: the best in DIR, of a detector else its newest; or CONFIG's own)"
     parser.add_argument("--checkpoint", metavar="FILE", help=text)
-    text = "of a detector, best and worst images to draw, 0 for none (default: 4 of each)"
-    parser.add_argument("--pictures", type=_count, metavar="N", help=text)
     output = parser.add_mutually_exclusive_group()
     output.add_argument("--csv", metavar="FILE", help="write the results to FILE too")
     output.add_argument("--json", action="store_true", help="print JSON")
@@ -579,6 +579,8 @@ def _convert_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _demo_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", default="outputs", metavar="DIR", help="(default: outputs)")
+    text = "to train the detector for, 0 for no detector (default: 150, three minutes on two cores)"
+    parser.add_argument("--updates", type=_count, default=150, metavar="N", help=text)
 
 
 def _digits_arguments(parser: argparse.ArgumentParser) -> None:

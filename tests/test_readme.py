@@ -31,7 +31,7 @@ def after_demo(tmp_path_factory):
     folder = tmp_path_factory.mktemp("readme")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        assert vitarium_cli.main(["demo"]) == 0
+        assert vitarium_cli.main(["demo", "--updates", "0"]) == 0
     return folder
 
 

@@ -98,6 +98,23 @@ def test_best_and_worst_of_a_test(config, tmp_path, capsys):
             assert picture.height > 2 * 480
 
 
+def test_best_and_worst_of_each_validation(config, tmp_path, capsys):
+    pipeline = load_config(config).val_dataloader.dataset.pipeline
+    pipeline = [*pipeline[:-1], {"type": "LoadAnnotations"}, {"type": "PackDetInputs"}]
+    argv = ["train", str(config), "--device", "cpu"]
+    argv += ["--set", f"val_dataloader.dataset.pipeline={[dict(x) for x in pipeline]}"]
+    none, run = tmp_path / "none", tmp_path / "run"
+    assert vitarium_cli.main([*argv, "--output", str(none), "--pictures", "0"]) == 0
+    assert not list(none.rglob("*.png"))
+    capsys.readouterr()
+    assert vitarium_cli.main([*argv, "--output", str(run), "--pictures", "2"]) == 0
+    said = capsys.readouterr().err
+    for kind in ("best", "worst"):
+        assert f"wrote {run / kind}.png" in said
+        with Image.open(run / f"{kind}.png") as picture:
+            assert picture.height > 2 * 480
+
+
 def test_no_more_than_what_can_be_drawn_is_kept(tmp_path):
     hook = Extremes(tmp_path, 2)
     for share in np.random.default_rng(0).permutation(100):

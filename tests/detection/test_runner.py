@@ -145,6 +145,19 @@ def test_damaged_checkpoints_are_passed_over_by_name(toy, tmp_path, capsys):
         train(toy, run, device="cpu", resume=True)
 
 
+def test_what_a_killed_process_left_behind_goes(toy, tmp_path):
+    run = tmp_path / "run"
+    interrupted(toy, run)
+    left = [run / f"{name}.new" for name in ("iter_9.pth", "best_a_3.pth", "last_checkpoint")]
+    for half in left:
+        half.write_bytes(b"half")
+    other = run / "notes.new"
+    other.touch()
+    train(toy, run, device="cpu", resume=True)
+    assert not any(half.exists() for half in left)
+    assert other.exists()
+
+
 def test_a_hostile_checkpoint_is_not_resumed(toy, tmp_path, monkeypatch):
     run = interrupted(toy, tmp_path / "run")
     content = read(run / "iter_7.pth")
@@ -186,6 +199,10 @@ def test_folders(toy, tmp_path):
         train(toy, run, device="cpu")
     with pytest.raises(ValueError, match="another config: train_cfg.max_epochs was 3, is 4"):
         train(toy, run, ["train_cfg.max_epochs=4"], device="cpu", resume=True)
+    text = toy.read_text()
+    with pytest.raises(ValueError, match="--output: expected another folder than the config's"):
+        train(toy, toy.parent, device="cpu")
+    assert toy.read_text() == text
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match="file: File exists|Not a directory"):
         train(toy, tmp_path / "file", device="cpu")

@@ -15,6 +15,7 @@ from sklearn.datasets import load_sample_image
 
 import vitarium_cli
 from vitarium.data.digits import split
+from vitarium.data.folders import SceneSet, ensure
 from vitarium.tools import demo
 
 ROOT = Path(__file__).parents[2]
@@ -34,12 +35,16 @@ def shown(tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("demo")
     out = io.StringIO()
-    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out):
+    with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
+        patch.setenv("TORCH_HOME", str(folder / "torch"))
+        few = ensure("detection", scenes=SceneSet(16, 8))  # in the place of the many
+        few.rename(few.with_name(few.name.replace("_16_8_", "_1000_200_")))
         patch.setattr(socket.socket, "connect", refused)
         patch.setattr(socket, "getaddrinfo", refused)
-        assert vitarium_cli.main(["demo"]) == 0
-    return folder, out.getvalue()
+        with contextlib.redirect_stdout(out):
+            assert vitarium_cli.main(["demo", "--updates", "2"]) == 0
+        yield folder, out.getvalue()
 
 
 def test_every_file_that_it_names_is_there(shown):
@@ -49,7 +54,9 @@ def test_every_file_that_it_names_is_there(shown):
     names += [f"china.{model}.neighborhoods" for model in ("nat_atto", "dinat_mini")]
     attentions = ("nat", "biformer", "agent", "fused_davit", "fused_swin")
     assert all(f" {family}_" in text for family in attentions)
-    assert wrote(text, folder) == [folder / "outputs" / f"{name}.png" for name in names]
+    files = [f"{name}.png" for name in names]
+    files += ["scenes.best.png", "scenes.worst.png", "scenes.pth", "scene.png"]
+    assert wrote(text, folder) == [folder / "outputs" / name for name in files]
     assert sorted((folder / "outputs").iterdir()) == sorted(wrote(text, folder))
 
 
@@ -108,9 +115,35 @@ def test_all_mistakes_are_shown_and_marked(tmp_path):
     assert heights[0] == heights[1] < heights[2]
 
 
+def test_the_detector(shown, program):
+    folder, text = shown
+    (printed,) = re.findall(r"box AP (\d\.\d{3}), mask AP (\d\.\d{3}) on 200 scenes", text)
+    assert re.findall(r"(\d) of 2 updates: loss \d+\.\d\d", text) == ["1", "2"]
+    argv = ("--checkpoint", folder / "outputs" / "scenes.pth", "--output", folder / "again")
+    status, out, _ = program("test", "mask_rcnn_nat_atto_digits", *argv, "--device", "cpu")
+    assert status == 0
+    measured = [re.search(rf"coco/{kind}_mAP +(\S+)", out)[1] for kind in ("bbox", "segm")]
+    assert [float(x) for x in measured] == pytest.approx([float(x) for x in printed], abs=1e-3)
+    for kind in ("best", "worst"):
+        with Image.open(folder / "outputs" / f"scenes.{kind}.png") as picture:
+            assert picture.height > 3 * 480
+
+
+def test_an_interrupted_detector_leaves_nothing(tmp_path, monkeypatch):
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt("--resume goes on")
+
+    from vitarium.tools import demo_detector
+
+    monkeypatch.setattr(demo_detector, "train", interrupted)
+    with pytest.raises(KeyboardInterrupt, match="^$"):
+        demo_detector.train_detector(tmp_path, 1, print)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_the_next_commands_work_as_printed(shown):
     folder, text = shown
-    commands = [line.strip() for line in text.splitlines()[-4:]]
+    commands = [line.strip() for line in text.splitlines()[-5:]]
     results = [
         subprocess.run(
             command,
@@ -123,12 +156,15 @@ def test_the_next_commands_work_as_printed(shown):
         )
         for command in commands
     ]
-    assert [(result.returncode, result.stderr) for result in results] == [(0, "")] * 4
-    predicted, features, visualized, listed = (result.stdout for result in results)
+    *others, detected, _ = results
+    assert [(result.returncode, result.stderr) for result in others] == [(0, "")] * 3
+    assert detected.returncode == 0
+    assert detected.stderr.endswith("a config of Python, which is run\n")
+    predicted, features, visualized, found, listed = (result.stdout for result in results)
     name, first, *_ = predicted.splitlines()
     assert name == str(Path("outputs") / "digit.png")
     assert first.split()[1] == str(int(split()[1].labels[0]))
-    for text in (features, visualized):
+    for text in (features, visualized, found):
         (picture,) = wrote(text, folder)
         assert picture.is_file()
     assert "nat_tiny" in listed

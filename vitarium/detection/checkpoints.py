@@ -100,6 +100,12 @@ class _Patient(LocalBackend):
             self._unwanted.pop().unlink(missing_ok=True)
 
 
+def clear(folder: Path) -> None:
+    """Remove what a killed process left behind unfinished."""
+    for half in [*folder.glob("*.pth.new"), *folder.glob("last_checkpoint.new")]:
+        half.unlink(missing_ok=True)
+
+
 def found(folder: Path) -> list[Path]:
     """Checkpoints to go on from, in no order."""
     return [path for path in folder.glob("*.pth") if _NAME.fullmatch(path.name)]

@@ -1,4 +1,4 @@
-"""What a detector finds: drawn on images, and the best and the worst of a test's images."""
+"""What a detector finds: drawn on images, and the best and the worst of the images measured."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def draw(image: Image.Image, objects: Objects, names: Sequence[str]) -> Image.Im
 
 
 class Extremes(Hook):
-    """Keeps the test's best and worst images, and draws them when it ends.
+    """Keeps the best and worst images of a test or a validation, and draws them when it ends.
 
     An image counts by the share of what is on it and what is found that match, 2 TP / (2 TP + FP +
     FN): a box matches one of its class that overlaps it by half, what is found is what has the
@@ -106,8 +106,8 @@ class Extremes(Hook):
     is in pixels of the file, as mmdet's own tests have it: annotations are loaded after `Resize`.
 
     Args:
-        folder: of the pictures, ``best.png`` and ``worst.png``; with several processes each writes
-            those of its images, ``best_1.png`` and so on.
+        folder: of the pictures, ``best.png`` and ``worst.png``, which the next validation replaces;
+            with several processes each writes those of its images, ``best_1.png`` and so on.
         count: images of each kind.
         threshold: least score.
 
@@ -127,14 +127,46 @@ class Extremes(Hook):
 
     def before_test(self, runner: Any) -> None:
         """Forget what was seen."""
-        self._names = class_names(runner.test_dataloader.dataset.metainfo)
-        self._seen, self.written, self.blind = [], [], False
+        self._begin(runner.test_loop)
+
+    def before_val(self, runner: Any) -> None:
+        """Forget what was seen."""
+        self._begin(runner.val_loop)
 
     def after_test_iter(
         self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None
     ) -> None:
         """Look at a batch."""
-        for sample in outputs:
+        self._look(outputs)
+
+    def after_val_iter(
+        self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None
+    ) -> None:
+        """Look at a batch."""
+        self._look(outputs)
+
+    def after_test(self, runner: Any) -> None:
+        """Draw.
+
+        Raises:
+            OSError: the pictures cannot be written.
+        """
+        self._draw("test")
+
+    def after_val(self, runner: Any) -> None:
+        """Draw.
+
+        Raises:
+            OSError: the pictures cannot be written.
+        """
+        self._draw("validation")
+
+    def _begin(self, loop: Any) -> None:
+        self._names = class_names(loop.dataloader.dataset.metainfo)
+        self._seen, self.written, self.blind = [], [], False
+
+    def _look(self, samples: Any) -> None:
+        for sample in samples:
             if not _can_be_judged(sample):
                 self.blind = True
                 continue
@@ -145,12 +177,7 @@ class Extremes(Hook):
                 self._seen.append((share, sample.img_path, there, found))
                 self._drop()
 
-    def after_test(self, runner: Any) -> None:
-        """Draw.
-
-        Raises:
-            OSError: the pictures cannot be written.
-        """
+    def _draw(self, what: str) -> None:
         self._seen.sort(key=lambda x: x[0])
         count = min(self._count, len(self._seen))
         if not count:
@@ -165,7 +192,7 @@ class Extremes(Hook):
             )
             rows = [[(_padded(panel, size), text) for panel, text in row] for row in rows]
             file = self._folder / f"{kind}{suffix}.png"
-            save(sheet(f"the {kind} of the test: found, and what is there", rows), file)
+            save(sheet(f"the {kind} of the {what}: found, and what is there", rows), file)
             self.written.append(file)
 
     def _drop(self) -> None:

@@ -16,6 +16,7 @@ import mmengine.device.utils
 import torch
 from mmengine.config import Config
 from mmengine.dist import broadcast_object_list, get_world_size, init_dist, is_main_process
+from mmengine.hooks import Hook
 from mmengine.logging import MessageHub, MMLogger
 from mmengine.model import is_model_wrapper
 from mmengine.registry import DefaultScope, Registry
@@ -25,7 +26,7 @@ from torch import nn
 
 from vitarium.checkpoints.disk import replacing
 from vitarium.detection import checks
-from vitarium.detection.checkpoints import WholeCheckpointHook, newest, read
+from vitarium.detection.checkpoints import WholeCheckpointHook, clear, newest, read
 from vitarium.detection.configs import differences, load_config, save_config, without_pretrained
 from vitarium.detection.loops import EpochLoop, IterLoop
 from vitarium.detection.pictures import Extremes
@@ -138,6 +139,8 @@ def train(
     resume: bool = False,
     device: str | None = None,
     launcher: str | None = None,
+    pictures: int = 0,
+    hooks: Sequence[Hook] = (),
 ) -> dict[str, float]:
     """Train what a config describes, to the end or to an interruption.
 
@@ -149,6 +152,9 @@ def train(
         device: ``cpu`` or ``cuda``; None for CUDA where there is one.
         launcher: what started the processes, ``none``, ``pytorch``, ``slurm`` or ``mpi``; None for
             ``pytorch`` where torchrun's variables are set.
+        pictures: how many of the best and of the worst images of each validation are drawn, to
+            ``best.png`` and ``worst.png`` in ``output``.
+        hooks: further ones of mmengine's kind.
 
     Returns:
         The last validation's measures, on every process.
@@ -175,9 +181,13 @@ def train(
         with _registered():
             runner = DetectionRunner.from_cfg(config)
             # Whatever does not fit was said by then: a new folder is left without a run.
-            runner.begin = lambda: None if resume else _begin(output, config)
+            runner.begin = lambda: _begin(output, config, resume)
+            extremes = Extremes(output, pictures)
+            for hook in (*hooks, *([extremes] if pictures else [])):
+                runner.register_hook(hook)
             with interruption() as runner.interrupted:
                 runner.train()
+        _say_pictures(extremes, "val")
         return dict(runner.train_loop.measures)
 
 
@@ -228,18 +238,17 @@ def measure(
             runner.register_hook(extremes)
         with _registered():
             measures = dict(runner.test())
-        for file in extremes.written:
-            _say(f"wrote {file}")
-        if extremes.blind:
-            _say(
-                "no pictures: test_dataloader.dataset.pipeline has no LoadAnnotations, or packs no "
-                "img_path"
-            )
+        _say_pictures(extremes, "test")
         return measures
 
 
 def _check_folder(output: Path, config: Config, resume: bool) -> None:
     """See that the run can begin there, or go on."""
+    if (output / Path(config.filename).name).resolve() == Path(config.filename).resolve():
+        raise ValueError(
+            f"--output: expected another folder than the config's, {output}: mmengine writes a "
+            f"file of that name there"
+        )
     path = output / _CONFIG
     if path.exists() and not resume:
         raise ValueError(
@@ -258,8 +267,12 @@ def _check_folder(output: Path, config: Config, resume: bool) -> None:
         raise ValueError(f"{output}: its run has another config: {name} was {was!r}, is {now!r}")
 
 
-def _begin(output: Path, config: Config) -> None:
-    if is_main_process():
+def _begin(output: Path, config: Config, resume: bool) -> None:
+    if not is_main_process():
+        return
+    if resume:
+        clear(output)
+    else:
         save_config(config, output / _CONFIG)
 
 
@@ -371,6 +384,16 @@ def _agree(check: Callable[[], Iterable[str] | None]) -> None:
     broadcast_object_list(fault)
     if fault[0] is not None:
         raise ValueError(fault[0])
+
+
+def _say_pictures(extremes: Extremes, split: str) -> None:
+    for file in extremes.written:
+        _say(f"wrote {file}")
+    if extremes.blind:
+        _say(
+            f"no pictures: {split}_dataloader.dataset.pipeline has no LoadAnnotations, or packs no "
+            f"img_path"
+        )
 
 
 def _say(text: str) -> None:

@@ -1,7 +1,7 @@
-"""`vitarium demo`: digits classified, features of all families, attention pictured, what is next.
+"""`vitarium demo`: digits classified, features and attention pictured, a detector trained.
 
 Everything it needs is on the machine: the digits and photographs are scikit-learn's, the weights
-are in the package.
+are in the package, scenes for the detector are composed of the digits.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import sys
 import sysconfig
 import time
 from argparse import Namespace
+from functools import partial
 from pathlib import Path
 from textwrap import indent
 
@@ -25,6 +26,7 @@ from vitarium.heads.features import FeatureBackbone
 from vitarium.tools._common import require_matplotlib, resized, save, scaled
 from vitarium.tools.digits import MODEL, comparison, probabilities
 from vitarium.tools.features import comparison_picture, pyramid_picture
+from vitarium.tools.train import require_detection
 from vitarium.tools.visualize import neighborhood_picture
 
 _PHOTOS = ("china", "flower")
@@ -39,21 +41,23 @@ _COLUMNS, _ROWS = 12, 6
 
 
 def run(args: Namespace) -> int:
-    """Classify the held-out digits, picture features and attention, print further commands.
+    """Classify the held-out digits, picture features and attention, train a detector of digits.
 
     Raises:
-        ValueError: scikit-learn or matplotlib is missing.
+        ValueError: scikit-learn, matplotlib or mmdet is missing.
         CheckpointError: the packaged weights are damaged.
         OSError: the output cannot be written.
     """
     require_matplotlib()
+    if args.updates:
+        require_detection()
     start = time.monotonic()
     training, held_out = split()
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
 
     count = len(held_out.labels)
-    _say(f"1/5 {MODEL} classifies scikit-learn's last {count} digits, which it never saw")
+    _say(f"1/6 {MODEL} classifies scikit-learn's last {count} digits, which it never saw")
     model = timm.create_model(MODEL, pretrained=True)
     chances = probabilities(model, held_out)
     _say(indent(comparison(chances.argmax(-1), training, held_out), "    "))
@@ -64,7 +68,7 @@ def run(args: Namespace) -> int:
     mistakes = _save_predictions(sheet, held_out, chances)
     _wrote(sheet, f"its answers; the {mistakes} mistakes come first, in red")
 
-    _say(f"2/5 feature pyramids of two photographs, by weights that know only digits ({MODEL})")
+    _say(f"2/6 feature pyramids of two photographs, by weights that know only digits ({MODEL})")
     backbone = FeatureBackbone(MODEL, pretrained=True).eval()
     for name in _PHOTOS:
         file = out / f"{name}.png"
@@ -76,7 +80,7 @@ def run(args: Namespace) -> int:
         save(pyramid_picture(image, backbone, title), pyramid)
         _wrote(pyramid, "principal components of four feature maps, as colours")
 
-    _say("3/5 the five kinds of attention side by side, with random weights")
+    _say("3/6 the five kinds of attention side by side, with random weights")
     torch.manual_seed(0)
     image = scaled(_photograph(_PHOTOS[0]), _SIZE)
     backbones = {name: FeatureBackbone(name).eval() for name in _FAMILIES}
@@ -84,7 +88,7 @@ def run(args: Namespace) -> int:
     save(comparison_picture(image, backbones, f"{_PHOTOS[0]}.jpg, random weights"), families)
     _wrote(families, f"feature maps of {', '.join(backbones)}")
 
-    _say("4/5 what one pixel attends to: plain neighborhoods (NAT) and dilated ones (DiNAT)")
+    _say("4/6 what one pixel attends to: plain neighborhoods (NAT) and dilated ones (DiNAT)")
     torch.manual_seed(0)
     dilated = timm.create_model(_DILATED)
     for name, network, weights in (
@@ -96,14 +100,42 @@ def run(args: Namespace) -> int:
         save(neighborhood_picture(image, network.eval(), _PIXEL, title), drawing)
         _wrote(drawing, f"one pixel's neighborhoods in {name} ({weights})")
 
-    _say(f"5/5 done in {time.monotonic() - start:.0f} s; what you may want next")
-    for command in _next_commands(digit, out / f"{_PHOTOS[0]}.png", out):
+    detection = _detection(out, args.updates) if args.updates else ()
+
+    _say(f"6/6 done in {time.monotonic() - start:.0f} s; what you may want next")
+    for command in _next_commands(digit, out / f"{_PHOTOS[0]}.png", out, detection):
         _say(f"    {command}")
     return 0
 
 
 def _say(text: str) -> None:
     print(text, flush=True)
+
+
+def _detection(out: Path, updates: int) -> tuple[str, ...]:
+    """Train a detector, measure it, picture what it finds.
+
+    Returns:
+        The command that looks at a scene with it.
+    """
+    from vitarium.tools.demo_detector import CONFIG, train_detector
+
+    start = time.monotonic()
+    _say(
+        f"5/6 {CONFIG}, from random weights: {updates} of its 400 updates, on 1000 scenes that "
+        f"are made now if they are not there yet"
+    )
+    trained = train_detector(out, updates, partial(print, file=sys.stdout, flush=True))
+    _say(
+        f"    box AP {trained.box_ap:.3f}, mask AP {trained.mask_ap:.3f} on 200 scenes of digits "
+        f"that it never saw, after {time.monotonic() - start:.0f} s"
+    )
+    for kind, picture in zip(("best", "worst"), trained.pictures, strict=True):
+        _wrote(picture, f"the {kind} of these scenes: found, and what is there")
+    _wrote(trained.weights, "the detector")
+    _wrote(trained.scene, "one of these scenes")
+    where = ("--config", CONFIG, "--checkpoint", str(trained.weights), "--out", str(out / "small"))
+    return ("predict", str(trained.scene), *where)
 
 
 def _wrote(file: Path, what: str) -> None:
@@ -147,7 +179,7 @@ def _save_predictions(file: Path, digits: Digits, chances: Tensor) -> int:
     return len(wrong)
 
 
-def _next_commands(digit: Path, photo: Path, out: Path) -> list[str]:
+def _next_commands(digit: Path, photo: Path, out: Path, detection: tuple[str, ...]) -> list[str]:
     """Commands that work as they stand, in this folder."""
     arguments = (
         ("predict", str(digit), "--model", MODEL, "--topk", "3"),
@@ -156,9 +188,10 @@ def _next_commands(digit: Path, photo: Path, out: Path) -> list[str]:
             *("visualize", str(photo), "--model", _DILATED, "--random", "--size", str(_SIZE)),
             *("--pixel", "0.9,0.9", "--out", str(out / "small")),
         ),
+        detection,
         ("list", "nat_*", "--params-max", "30"),
     )
-    return [shlex.join((*_program(), *row)) for row in arguments]
+    return [shlex.join((*_program(), *row)) for row in arguments if row]
 
 
 def _program() -> tuple[str, ...]:

@@ -9,9 +9,7 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
-from vitarium.tools.train import check_options, chosen, config_file, overrides
-
-_PICTURES = 4  # images of the best, and as many of the worst
+from vitarium.tools.train import check_options, chosen, config_file, overrides, pictures
 
 
 def run(args: Namespace) -> int:
@@ -34,13 +32,11 @@ def run(args: Namespace) -> int:
             checkpoint=args.checkpoint,
             device=args.device,
             launcher=args.launcher,
-            pictures=_PICTURES if args.pictures is None else args.pictures,
+            pictures=pictures(args),
         )
         if os.environ.get("RANK", "0") == "0":
             _show(measures, args)
         return 0
-    if args.pictures is not None:
-        raise ValueError(f"--pictures: not for {args.config}, which is no detector's")
     config, _ = chosen(args.config, overrides(args))
     from vitarium.training.engine import Engine
 

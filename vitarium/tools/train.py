@@ -13,6 +13,7 @@ from vitarium.training.toml import load_config
 
 _CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 _KINDS = (".toml", ".py")
+_PICTURES = 4  # images of the best, and as many of the worst
 
 
 def run(args: Namespace) -> int:
@@ -36,6 +37,7 @@ def run(args: Namespace) -> int:
             resume=args.resume,
             device=args.device,
             launcher=args.launcher,
+            pictures=pictures(args),
         )
         main = os.environ.get("RANK", "0") == "0"
     else:
@@ -93,6 +95,8 @@ def overrides(args: Namespace) -> list[str]:
     Raises:
         ValueError: an option that detection has alone.
     """
+    if args.pictures is not None:
+        raise ValueError(f"--pictures: not for {args.config}, which is no detector's")
     if args.launcher is not None:
         raise ValueError(
             f"--launcher: not for {args.config}, which finds torchrun's processes by itself"
@@ -111,6 +115,11 @@ def check_options(args: Namespace) -> None:
             f"--strict: not for {args.config}: mmdet stops at an image that cannot be read"
         )
     require_detection()
+
+
+def pictures(args: Namespace) -> int:
+    """How many of a detector's best and worst images are drawn."""
+    return _PICTURES if args.pictures is None else args.pictures
 
 
 def require_detection() -> None:
