@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 from collections import OrderedDict
+from pathlib import Path
 
+import golden
 import pytest
 import torch
 
@@ -16,7 +18,9 @@ from detectors import CHANNELS, GOLDENS, RECIPES, built, entry_of, head_of, of_e
 from vitarium.backbones._registry import entries
 from vitarium.checkpoints import CheckpointError
 from vitarium.heads.mmdet import load_detector
+from vitarium.heads.mmdet.detectron2 import _NAMES, from_detectron2
 
+GOLDEN_DETECTORS = Path(__file__).parent / "golden" / "detection"
 RELEASED = [x.name for x in RECIPES if x.released is not None and entry_of(x.name) in GOLDENS]
 QUICK = {*of_each("head", "family")}
 # What mmdet 2.x calls the tensors of heads and of the pyramid, by the number of levels in it.
@@ -186,6 +190,78 @@ def test_mmengine_says_what_does_not_fit(root):
     source, model = detector(ONE_EACH[0], root), detector(ONE_EACH[-1], root)
     with pytest.raises(RuntimeError, match=r"unexpected key.*backbone\.levels"):
         load_state_dict(model, authors(source), strict=True)
+
+
+MASK2FORMER = "mask2former_dinat_large_11x11_100e_coco_panoptic"
+
+
+def mask2former_head(settings):
+    """mmdet's head as its config has it, with the numbers of a golden."""
+    head = parsed(MASK2FORMER).model.panoptic_head
+    classes, features = settings["num_classes"], settings["hidden_dim"]
+    head.update(num_things_classes=classes - 3, num_stuff_classes=3, feat_channels=features)
+    head.update(out_channels=settings["mask_dim"], num_queries=settings["num_queries"])
+    head.in_channels = settings["in_channels"]
+    head.loss_cls.class_weight = [1.0] * classes + [0.1]
+    encoder, decoder = head.pixel_decoder.encoder, head.transformer_decoder
+    for each in (head, head.pixel_decoder):
+        each.positional_encoding.num_feats = features // 2
+    for part, name in ((encoder, "encoder"), (decoder, "decoder")):
+        part.num_layers = settings[f"{name}_layers"]
+        for layer in part.layer_cfg.values():
+            layer.embed_dims = features
+            if "num_heads" in layer:
+                layer.num_heads = settings["nheads"]
+        part.layer_cfg.ffn_cfg.feedforward_channels = settings[f"{name}_dim_feedforward"]
+    return head
+
+
+def test_mask2former_of_detectron2_computes_what_the_authors_do():
+    from mmdet.registry import MODELS
+    from mmdet.structures import DetDataSample
+    from mmdet.utils import register_all_modules
+
+    description, expected = golden.load(GOLDEN_DETECTORS / "mask2former_1")
+    register_all_modules(init_default_scope=True)
+    model = torch.nn.Module()
+    model.panoptic_head = MODELS.build(mask2former_head(description["constructor"]))
+    names, ignored = from_detectron2(golden.state_dict(description), model)
+    model.double().load_state_dict(names)
+    assert not ignored
+    maps = [golden.normal(x["seed"], x["shape"]) for x in description["inputs"].values()]
+    samples = [DetDataSample(metainfo={"batch_input_shape": (96, 128)}) for _ in maps[0]]
+    with torch.no_grad():
+        classes, masks = model.panoptic_head.eval()(maps, samples)
+    found = {"logits": classes[-1], "masks": masks[-1]}
+    found |= {f"aux{i}.masks": x for i, x in enumerate(masks[:-1])}
+    assert found.keys() == expected.keys()
+    for key, out in found.items():
+        assert [*out.shape] == description["output_shapes"][key]
+        error = (golden.sample(out) - expected[key]).abs().max() / expected[key].std()
+        assert error <= 1e-7, key
+
+
+def detectron2(model):
+    """A Mask2Former's tensors as detectron2 would have saved them."""
+    theirs = _NAMES.to_authors(authors(model))
+    assert not any("panoptic_head" in name for name in theirs)
+    return {"model": {**theirs, "criterion.empty_weight": torch.ones(134)}, "iteration": 1}
+
+
+def test_mask2former_of_detectron2_loads_whole(root, tmp_path):
+    source, model = detector(MASK2FORMER, root), detector(MASK2FORMER, root, seed=1)
+    path = tmp_path / "mask2former.pth"
+    torch.save(detectron2(source), path)
+    report = load_detector(model, path)
+    assert equal(model, source)
+    assert [*report.ignored] == ["criterion.empty_weight"]
+    other = detector("mask2former_dinat_large_11x11_100e_coco_instance", root)
+    before = {name: x.clone() for name, x in other.state_dict().items()}
+    with pytest.raises(
+        CheckpointError, match=r"misshapen: panoptic_head.cls_embed.* expected \[81"
+    ):
+        load_detector(other, path)
+    assert all(torch.equal(x, before[name]) for name, x in other.state_dict().items())
 
 
 class Hostile:

@@ -396,7 +396,8 @@ def _transformers() -> Iterator[Recipe]:
             title=f"Mask2Former on {entry}, COCO, {kind}, 100 epochs",
             expected=f"{_results(published)} ({published['source']})",
             source=f"{shi}, {file}; {mmdet}, mask2former for data and network",
-            differs=("the authors train with detectron2, and their file of weights is its",),
+            differs=("the authors train with detectron2",),
+            released=published["name"],
             settings={
                 "_base_": [f"_base_/mask2former_{kind}.py"],
                 "model": {"backbone": backbone, "panoptic_head": head},

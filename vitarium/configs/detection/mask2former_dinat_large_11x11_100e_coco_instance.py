@@ -11,7 +11,8 @@
 #     mask2former/configs/coco/instance-segmentation/dinat,
 #     maskformer2_dinat_large_IN21k_384_bs16_100ep.yaml; mmdet 3.3.0, mask2former for data and
 #     network
-# Differs: the authors train with detectron2, and their file of weights is its
+# Differs: the authors train with detectron2
+# Released detector: dinat_large_11x11.shi_mask2former_coco_instance
 custom_imports = {"imports": ["vitarium.heads.mmdet"]}
 _base_ = ["_base_/mask2former_instance.py"]
 model = {

@@ -2,7 +2,8 @@
 
 mmdet 3 kept the names of 2.x for the necks and heads of pyramids, and their order of classes; only
 the backbone's names are the authors' own. FeatureBackbone takes those wherever it is loaded, so
-mmdet's tools do too; `load_detector` is strict besides, and says what is wrong before it loads.
+mmdet's tools do too; `load_detector` is strict besides, says what is wrong before it loads, and
+reads detectron2's Mask2Former.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from vitarium.checkpoints import CheckpointError, Report, compare, convert, outline, read
 from vitarium.checkpoints.wrappers import unwrap_tensors
+from vitarium.heads.mmdet.detectron2 import from_detectron2
 
 _BACKBONE = "backbone."
 _COUNTER = "num_batches_tracked"
@@ -26,7 +28,8 @@ _COUNTER = "num_batches_tracked"
 def load_detector(model: nn.Module, source: str | os.PathLike[str] | Mapping[str, Any]) -> Report:
     """Load a checkpoint into a detector of mmdet's: all of it, or nothing.
 
-    Files of mmdet 2.x and 3 are understood, with what trained them around the tensors. Of mmcv's
+    Files of mmdet 2.x and 3 are understood, with what trained them around the tensors, and of
+    detectron2 those of Mask2Former with a backbone of ours. Of mmcv's
     averaged weights (names that begin with ``ema_``) only one copy is needed: where such a file
     was written, the average has the plain names.
 
@@ -65,10 +68,11 @@ def for_detector(
         Tensors by the model's names, and names that it rightly lacks, with why.
 
     Raises:
-        CheckpointError: the backbone's tensors cannot be converted.
+        CheckpointError: the tensors cannot be converted.
     """
+    state_dict, ignored = from_detectron2(state_dict, model)
     averaged = {f"ema_{name.replace('.', '_')}" for name in state_dict}
-    ignored = dict.fromkeys(
+    ignored |= dict.fromkeys(
         (name for name in state_dict if name in averaged), "a second copy beside the average"
     )
     rest = {name: x for name, x in state_dict.items() if name not in ignored}
