@@ -5,9 +5,11 @@ from copy import deepcopy
 from functools import cache
 from pathlib import Path
 
+import numpy as np
 import timm
 import torch
 from attos import ATTOS
+from PIL import Image
 
 from vitarium.data.digits import CLASSES
 from vitarium.data.folders import SceneSet, ensure
@@ -81,6 +83,81 @@ def scenes(root):
     return ensure("detection", root, SceneSet(train=2, val=2, size=(96, 128)))
 
 
+def panoptic_scenes(root):
+    """The same scenes with maps of segments: the digits as things, what is behind them as stuff."""
+    from pycocotools import mask as run_lengths
+
+    from vitarium.heads.mmdet.panoptic import id2rgb
+
+    folder = scenes(root)
+    for split in ("train", "val"):
+        content = json.loads((folder / "annotations" / f"instances_{split}.json").read_text())
+        maps = folder / "annotations" / f"panoptic_{split}"
+        maps.mkdir(exist_ok=True)
+        annotations = []
+        for image in content["images"]:
+            ids = np.ones((image["height"], image["width"]), np.int64)
+            kinds = {1: len(CLASSES) + 1}
+            for each in content["annotations"]:
+                if each["image_id"] == image["id"]:
+                    lengths = run_lengths.frPyObjects(each["segmentation"], *ids.shape)
+                    kinds[len(kinds) + 1] = each["category_id"]
+                    ids[run_lengths.decode(lengths) > 0] = len(kinds)
+            Image.fromarray(id2rgb(ids)).save(maps / image["file_name"])
+            segments = []
+            for number, kind in kinds.items():
+                rows, columns = np.nonzero(ids == number)
+                left, top = int(columns.min()), int(rows.min())
+                box = [left, top, int(columns.max()) + 1 - left, int(rows.max()) + 1 - top]
+                about = {"bbox": box, "area": len(rows), "iscrowd": 0}
+                segments.append({"id": number, "category_id": kind, **about})
+            annotations.append(
+                {
+                    "image_id": image["id"],
+                    "file_name": image["file_name"],
+                    "segments_info": segments,
+                }
+            )
+        things = [{**each, "isthing": 1} for each in content["categories"]]
+        stuff = {"id": len(things) + 1, "name": "background", "isthing": 0}
+        content |= {"annotations": annotations, "categories": [*things, stuff]}
+        path = folder / "annotations" / f"panoptic_{split}.json"
+        path.write_text(json.dumps(content))
+    return folder
+
+
+def _panoptic(config, folder):
+    """A panoptic config on `panoptic_scenes`, in place."""
+    things, stuff = len(CLASSES), 1
+    head = config.model.panoptic_head
+    for part in (head, config.model.panoptic_fusion_head):
+        part.update(num_things_classes=things, num_stuff_classes=stuff)
+    head.loss_cls.class_weight = [1.0] * (things + stuff) + [0.1]
+    classes = (*CLASSES, "background")
+    meta = {
+        "classes": classes,
+        "thing_classes": classes[:things],
+        "stuff_classes": classes[things:],
+    }
+    loaders = ((config.train_dataloader, "train"), (config.val_dataloader, "val"))
+    for loader, split in (*loaders, (config.test_dataloader, "val")):
+        loader.dataset.update(
+            data_root=f"{folder}/",
+            ann_file=f"annotations/panoptic_{split}.json",
+            data_prefix={"img": f"{split}/", "seg": f"annotations/panoptic_{split}/"},
+            metainfo=meta,
+        )
+        loader.update(batch_size=1, num_workers=0, persistent_workers=False)
+    _smaller(config.val_dataloader.dataset.pipeline)
+    _smaller(config.test_dataloader.dataset.pipeline)
+    quality = {
+        "type": "CocoPanopticMetric",
+        "ann_file": f"{folder}/annotations/panoptic_val.json",
+        "seg_prefix": f"{folder}/annotations/panoptic_val/",
+    }
+    config.val_evaluator = config.test_evaluator = quality
+
+
 def shrunk(name, folder):
     """The config on the family's smallest model and on digit scenes, for a CPU."""
     config = parsed(name)
@@ -110,6 +187,8 @@ def shrunk(name, folder):
         metainfo={"classes": tuple(CLASSES)},
         serialize_data=False,  # which collects garbage
     )
+    if name.endswith("_panoptic"):
+        _panoptic(config, folder)
     return config
 
 

@@ -19,6 +19,7 @@ import detectors
 from detectors import FILES, GOLDENS, RECIPES, built, entry_of, head_of, parsed, shrunk, step
 
 import vitarium.heads.mmdet
+import vitarium_cli
 from vitarium.backbones._registry import entries
 from vitarium.heads.features import FeatureBackbone
 from vitarium.tools import detection_recipes, recipes
@@ -226,7 +227,7 @@ def test_mask2former_learns_its_backbone_at_a_tenth_of_the_rate(name):
 @pytest.fixture(scope="module")
 def scenes(tmp_path_factory):
     pytest.importorskip("sklearn")
-    return detectors.scenes(tmp_path_factory.mktemp("scenes"))
+    return detectors.panoptic_scenes(tmp_path_factory.mktemp("scenes"))
 
 
 STEPS = {*detectors.of_each("head"), *detectors.of_each("family")}
@@ -234,14 +235,43 @@ STEPS = {*detectors.of_each("head"), *detectors.of_each("family")}
 
 @pytest.mark.parametrize("name", all_but(STEPS))
 def test_one_step_trains_every_parameter(name, scenes):
-    if "panoptic" in name:
-        pytest.importorskip("panopticapi")
-        pytest.skip("digit scenes have no panoptic annotations")
     losses, unused, still = step(shrunk(name, scenes))
     assert all(torch.isfinite(torch.as_tensor(value)).all() for value in losses.values())
     assert unused == []
     # what stays: layers that drop path left out, biases whose gradients cancel
     assert len(still) < 30
+
+
+def test_a_panoptic_run(scenes, tmp_path, capsys):
+    def call(*argv):
+        status = vitarium_cli.main([str(x) for x in argv])
+        return status, *capsys.readouterr()
+
+    config = shrunk("mask2former_dinat_large_11x11_100e_coco_panoptic", scenes)
+    config.train_cfg = {"type": "IterBasedTrainLoop", "max_iters": 1, "val_interval": 1}
+    config.param_scheduler = None
+    config.custom_imports = {"imports": ["vitarium.heads.mmdet"]}
+    config.model.backbone.pretrained = False
+    config.default_hooks.checkpoint = {"type": "CheckpointHook", "by_epoch": False, "interval": 1}
+    path, run = tmp_path / "config.py", tmp_path / "run"
+    config.dump(path)
+    given = (path, "--device", "cpu", "--output", run)
+    status, out, err = call("train", *given)
+    assert status == 0, err
+    measured = re.search(r"coco_panoptic/PQ (\S+)", out)[1]
+    assert 0 <= float(measured) < 50
+    status, out, _ = call("test", *given, "--json")
+    assert status == 0
+    assert json.loads(out)["coco_panoptic/PQ"] == pytest.approx(float(measured), rel=1e-5)
+    for change, message in (
+        ("train_dataloader.dataset.ann_file=annotations/instances_train.json", "segments_info"),
+        ("train_dataloader.dataset.data_prefix.seg=nowhere/", "expected maps of segments in"),
+        ("model.panoptic_head.num_stuff_classes=2", "expected 11, the number of classes of"),
+    ):
+        status, out, err = call("train", *given[:3], "--output", tmp_path / "no", "--set", change)
+        assert (status, out) == (1, "")
+        assert message in err
+        assert not (tmp_path / "no").exists()
 
 
 @pytest.mark.slow

@@ -323,6 +323,22 @@ def test_what_does_not_fit_changes_nothing(change, message, root):
     assert equal(model, before)
 
 
+def test_what_is_to_be_skipped_stays(root):
+    name = "mask_rcnn_nat_mini_1x_coco"
+    source, model = detector(name, root), detector(name, root, seed=1)
+    before = detector(name, root, seed=1)
+    state, classes = of_ten_classes(authors(source)), "roi_head.bbox_head.fc_cls"
+    report = load_detector(model, state, skip=[classes])
+    assert {*report.ignored} == {f"{classes}.weight", f"{classes}.bias"}
+    for key, value in model.state_dict().items():
+        expected = before if key.startswith(classes) else source
+        assert torch.equal(value, expected.state_dict()[key]), key
+    del state[f"{classes}.bias"]
+    load_detector(model, state, skip=[classes])
+    with pytest.raises(CheckpointError, match=r"2 misshapen: roi_head.bbox_head.fc_cls"):
+        load_detector(model, of_ten_classes(authors(source)), skip=["roi_head.mask_head"])
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [

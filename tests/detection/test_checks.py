@@ -10,7 +10,6 @@ import json
 import shutil
 from pathlib import Path
 
-import torch
 from mmengine.config import Config
 from small import detector
 
@@ -200,15 +199,3 @@ def test_overrides(config):
         load_config(config, ["trian_cfg.max_epochs=2"])
     with pytest.raises(ValueError, match="--set: expected key=value, got 'model'"):
         load_config(config, ["model"])
-
-
-def test_weights_of_another_detector():
-    model = torch.nn.ModuleDict({"head": torch.nn.Linear(4, 3), "body": torch.nn.Linear(4, 4)})
-    state = {f"module.{key}": x for key, x in model.state_dict().items()}
-    assert checks.fitting(state, model, "f", None).keys() == model.state_dict().keys()
-    state["module.head.weight"] = torch.ones(5, 4)
-    with pytest.raises(ValueError, match=r"f: .*1 of another shape \(head.weight is \(5, 4\), not"):
-        checks.fitting(state, model, "f", None)
-    assert "head.bias" not in checks.fitting(state, model, "f", ["head."])
-    with pytest.raises(ValueError, match=r"2 missing \(body.bias, body.weight\); 1 too many \(x\)"):
-        checks.fitting({"x": torch.ones(1)}, model, "f", ["head."])

@@ -9,10 +9,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from mmdet.datasets import CocoDataset
+from mmdet.datasets import CocoDataset, CocoPanopticDataset
 from mmdet.registry import DATASETS
 from mmengine.config import Config
-from torch import Tensor, nn
+from torch import nn
 
 from vitarium.tools.list import did_you_mean
 
@@ -32,6 +32,7 @@ _OLD = {
     "log_config": "default_hooks.logger and visualizer",
     "fp16": "optim_wrapper.type='AmpOptimWrapper'",
 }
+_PANOPTIC = ("num_things_classes", "num_stuff_classes")
 _SHOWN = 3  # names in a message
 
 
@@ -144,6 +145,8 @@ def _check_data(config: Config, split: str) -> Iterator[str]:
             continue
         path = _joined(dataset, dataset.get("ann_file") or "")
         content = _annotations(path, f"{where}.ann_file")
+        if issubclass(kind, CocoPanopticDataset):
+            content["annotations"] = [*_segments(content.get("annotations", ()), path)]
         yield from _check_boxes(content, path, dataset, classes or (), split)
         _check_images(content, path, dataset, where)
     for evaluator in _listed(config.get(f"{split}_evaluator")):
@@ -169,6 +172,8 @@ def _class_counts(model: Any, where: str) -> Iterator[tuple[str, int]]:
         place = f"{where}.{key}"
         if isinstance(part, dict) and _is_head(place) and isinstance(part.get("num_classes"), int):
             yield f"{place}.num_classes", part["num_classes"]
+        if isinstance(part, dict) and key == "panoptic_head" and {*_PANOPTIC} <= part.keys():
+            yield f"{place}: {' + '.join(_PANOPTIC)}", sum(part[x] for x in _PANOPTIC)
         if isinstance(part, dict | list | tuple):
             yield from _class_counts(part, place)
 
@@ -209,6 +214,15 @@ def _annotations(path: Path, where: str) -> dict[str, Any]:
     if not content["images"]:
         raise ValueError(f"{where}: expected images, {path} has none")
     return content
+
+
+def _segments(annotations: Sequence[dict[str, Any]], path: Path) -> Iterator[dict[str, Any]]:
+    """Segments of panoptic annotations, each with its image, as other annotations are."""
+    for each in annotations:
+        if not isinstance(each.get("segments_info"), list):
+            raise ValueError(f"{path}: expected segments_info, as panoptic annotations have it")
+        for segment in each["segments_info"]:
+            yield {**segment, "image_id": each.get("image_id")}
 
 
 def _check_boxes(
@@ -269,56 +283,22 @@ def _check_box(each: dict[str, Any], where: str) -> None:
 def _check_images(
     content: dict[str, Any], path: Path, dataset: Mapping[str, Any], where: str
 ) -> None:
-    folder = _joined(dataset, (dataset.get("data_prefix") or {}).get("img", ""))
+    """See that images are there, and maps of segments where the data have them."""
     for each in content["images"]:
         if not {"id", "width", "height"} <= each.keys():
             raise ValueError(f"{path}: expected id, width and height of an image, got {each}")
-        if "file_name" in each and not (folder / each["file_name"]).is_file():
-            raise ValueError(f"{where}: expected images in {folder}, no {each['file_name']} there")
+    names = [each["file_name"] for each in content["images"] if "file_name" in each]
+    prefix = dataset.get("data_prefix") or {}
+    _check_files(_joined(dataset, prefix.get("img", "")), names, f"{where}: expected images")
+    if prefix.get("seg"):
+        names = [name.replace(".jpg", ".png") for name in names]
+        _check_files(_joined(dataset, prefix["seg"]), names, f"{where}: expected maps of segments")
 
 
-def fitting(
-    state: Mapping[str, Tensor], model: nn.Module, name: str, skip: Sequence[str] | None
-) -> dict[str, Tensor]:
-    """Weights for a model, less those that are to start anew.
-
-    Args:
-        state: of a file.
-        model: that takes them.
-        name: of the file.
-        skip: beginnings of names that are left out, in the file and in the model.
-
-    Raises:
-        ValueError: something else is missing, too much, or of another shape.
-    """
-    skipped = tuple(skip or ())
-    wanted = {
-        key: x for key, x in model.state_dict().items() if not key.startswith(skipped or ("\0",))
-    }
-    given = {
-        key.removeprefix("module."): x
-        for key, x in state.items()
-        if not key.removeprefix("module.").startswith(skipped or ("\0",))
-    }
-    shapes = [
-        f"{key} is {tuple(given[key].shape)}, not {tuple(x.shape)}"
-        for key, x in wanted.items()
-        if key in given and given[key].shape != x.shape
-    ]
-    faults = {
-        "of another shape": shapes,
-        "missing": [*(wanted.keys() - given.keys())],
-        "too many": [*(given.keys() - wanted.keys())],
-    }
-    said = [
-        f"{len(names)} {what} ({_some(sorted(names))})" for what, names in faults.items() if names
-    ]
-    if said:
-        raise ValueError(
-            f"{name}: weights of another detector: {'; '.join(said)}; load_skip=('...',) names "
-            f"the beginnings of those that start anew"
-        )
-    return given
+def _check_files(folder: Path, names: Sequence[str], what: str) -> None:
+    for name in names:
+        if not (folder / name).is_file():
+            raise ValueError(f"{what} in {folder}, no {name} there")
 
 
 def check_channels(model: nn.Module) -> None:

@@ -18,8 +18,6 @@ from vitarium.detection.configs import load_config, without_pretrained
 from vitarium.detection.pictures import Objects, class_names
 from vitarium.heads.mmdet.released import load_detector
 
-_LOADING = ("LoadImageFromFile", "LoadAnnotations")
-
 
 class Predictor:
     """Finds objects on images.
@@ -66,16 +64,25 @@ class Predictor:
         self.names: tuple[str, ...] = next(filter(None, map(class_names, known)), ())
 
     def __call__(self, image: Image.Image, threshold: float) -> Objects:
-        """What is found with at least a score."""
+        """What is found with at least a score.
+
+        Raises:
+            ValueError: the detector does not look for single objects.
+        """
         pixels = np.ascontiguousarray(np.asarray(image)[:, :, ::-1])  # mmcv's order: blue first
         data = self._pipeline({"img": pixels, "img_id": 0})
         batch = {"inputs": [data["inputs"]], "data_samples": [data["data_samples"]]}
         with torch.inference_mode():
             (sample,) = self._model.test_step(batch)
+        if "pred_instances" not in sample:
+            raise ValueError(
+                f"--config: expected a detector of objects, got one that gives "
+                f"{', '.join(sample.keys())}"
+            )
         return Objects.of(sample.pred_instances, threshold)
 
 
 def _without_files(pipeline: Sequence[Any]) -> list[Any]:
     """A test's pipeline for an image that is there already, without annotations."""
-    steps = [step for step in pipeline if step["type"].rpartition(".")[2] not in _LOADING]
+    steps = [x for x in pipeline if not x["type"].rpartition(".")[2].startswith("Load")]
     return [{"type": "mmdet.LoadImageFromNDArray"}, *steps]

@@ -24,13 +24,14 @@ from mmengine.runner import Runner
 from mmengine.visualization import Visualizer
 from torch import nn
 
+from vitarium.checkpoints import CheckpointError
 from vitarium.checkpoints.disk import replacing
 from vitarium.detection import checks
 from vitarium.detection.checkpoints import WholeCheckpointHook, clear, newest, read
 from vitarium.detection.configs import differences, load_config, save_config, without_pretrained
 from vitarium.detection.loops import EpochLoop, IterLoop
 from vitarium.detection.pictures import Extremes
-from vitarium.heads.mmdet.released import for_detector
+from vitarium.heads.mmdet.released import fitted
 from vitarium.tools.list import did_you_mean
 from vitarium.training.signals import interruption
 
@@ -108,18 +109,19 @@ class DetectionRunner(Runner):
         """Take weights that fit, or say what does not.
 
         Raises:
-            CheckpointError: the file cannot be read.
-            ValueError: it is of another detector.
+            CheckpointError: the file cannot be read, or is of another detector.
         """
         if self._resume:
             return super().load_checkpoint(filename, *args, **kwargs)
         content = read(Path(filename))
-        state = content.setdefault("state_dict", dict(content))
-        if hasattr(self._detector, "backbone"):
-            state, _ = for_detector(state, self._detector)
-        content["state_dict"] = checks.fitting(
-            state, self._detector, filename, self.cfg.get("load_skip")
-        )
+        skip = self.cfg.get("load_skip") or ()
+        try:
+            _, state_dict = fitted(self._detector, content, filename, skip)
+        except CheckpointError as error:
+            raise CheckpointError(
+                f"{error}; load_skip=('...',) names the beginnings of those that start anew"
+            ) from error
+        content["state_dict"] = state_dict
         self.call_hook("after_load_checkpoint", checkpoint=content)
         self._detector.load_state_dict(content["state_dict"], strict=False)
         self._has_loaded = True

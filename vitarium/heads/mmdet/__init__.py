@@ -17,11 +17,12 @@ except ModuleNotFoundError as error:
         f'{error.name} is not installed: pip install "vitarium[det]"', name=error.name
     ) from error
 
-from vitarium.heads.mmdet import operators, stack
+from vitarium.heads.mmdet import operators, panoptic, stack
 from vitarium.heads.mmdet.backbone import FeatureBackbone
 from vitarium.heads.mmdet.released import load_detector
 
 __all__ = ["FeatureBackbone", "load_detector"]
 
 operators.provide()
+panoptic.provide()
 stack.mend()

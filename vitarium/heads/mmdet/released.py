@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -25,7 +25,11 @@ _BACKBONE = "backbone."
 _COUNTER = "num_batches_tracked"
 
 
-def load_detector(model: nn.Module, source: str | os.PathLike[str] | Mapping[str, Any]) -> Report:
+def load_detector(
+    model: nn.Module,
+    source: str | os.PathLike[str] | Mapping[str, Any],
+    skip: Sequence[str] = (),
+) -> Report:
     """Load a checkpoint into a detector of mmdet's: all of it, or nothing.
 
     Files of mmdet 2.x and 3 are understood, with what trained them around the tensors, and of
@@ -36,6 +40,8 @@ def load_detector(model: nn.Module, source: str | os.PathLike[str] | Mapping[str
     Args:
         model: as a config of ours describes it; its ``backbone`` is a FeatureBackbone.
         source: a file, or what such a file holds.
+        skip: beginnings of names that are left out, of the file and of the model, which keeps what
+            it has there.
 
     Returns:
         What was loaded and what was ignored, with reasons.
@@ -48,10 +54,10 @@ def load_detector(model: nn.Module, source: str | os.PathLike[str] | Mapping[str
         held, what = source, "checkpoint"
     else:
         what = os.fspath(source)
-        _fitted(model, outline(source), what, data=False)  # before memory is taken
+        fitted(model, outline(source), what, skip, data=False)  # before memory is taken
         held = read(source, mmap=True)
-    report, state_dict = _fitted(model, held, what, data=True)
-    model.load_state_dict({name: state_dict[name] for name in report.matched}, strict=True)
+    report, state_dict = fitted(model, held, what, skip)
+    model.load_state_dict(state_dict, strict=not skip)
     return report
 
 
@@ -76,6 +82,8 @@ def for_detector(
         (name for name in state_dict if name in averaged), "a second copy beside the average"
     )
     rest = {name: x for name, x in state_dict.items() if name not in ignored}
+    if not hasattr(model, "backbone"):
+        return rest, ignored
     theirs = {k.removeprefix(_BACKBONE): x for k, x in rest.items() if k.startswith(_BACKBONE)}
     ours, left = for_backbone(theirs, model.get_submodule("backbone"))
     found = {name: x for name, x in rest.items() if not name.startswith(_BACKBONE)}
@@ -103,8 +111,24 @@ def for_backbone(
     return {name: x for name, x in ours.items() if name not in left}, dict(left)
 
 
-def _fitted(model: nn.Module, held: Any, what: str, data: bool) -> tuple[Report, dict[str, Tensor]]:
-    """What fits and what is ignored, and the converted tensors."""
+def fitted(
+    model: nn.Module, held: Any, what: str, skip: Sequence[str] = (), *, data: bool = True
+) -> tuple[Report, dict[str, Tensor]]:
+    """What `load_detector` loads, without loading it.
+
+    Args:
+        model: the detector; it is not changed.
+        held: what a checkpoint file holds.
+        what: begins messages.
+        skip: as there.
+        data: whether tensors must hold data; False for an `outline`.
+
+    Returns:
+        What fits and what is ignored, and tensors by the model's names.
+
+    Raises:
+        CheckpointError: as there.
+    """
     version = _version(held)
     if version is not None and version < 2:
         raise CheckpointError(
@@ -115,9 +139,13 @@ def _fitted(model: nn.Module, held: Any, what: str, data: bool) -> tuple[Report,
         state_dict, ignored = for_detector(unwrap_tensors(held), model)
     except CheckpointError as error:
         raise CheckpointError(f"{what}: {error}") from error
+    skipped = tuple(name for name in state_dict if name.startswith(tuple(skip)))
+    state_dict = {name: x for name, x in state_dict.items() if name not in skipped}
     report = compare(state_dict, model, data=data)
+    missing = tuple(name for name in report.missing if not name.startswith(tuple(skip)))
+    report = replace(report, missing=missing)
     report.require_whole(f"{what} does not fit {type(model).__name__}")
-    return replace(report, ignored=ignored), state_dict
+    return replace(report, ignored=ignored | dict.fromkeys(skipped, "to be skipped")), state_dict
 
 
 def _version(held: Any) -> int | None:
