@@ -224,7 +224,9 @@ def _predict_arguments(parser: argparse.ArgumentParser) -> None:
     text = "a detector: a Python file of mmdet's, which is run, or the name of one that ships"
     kind.add_argument("--config", metavar="CONFIG", help=text)
     parser.add_argument(
-        "--checkpoint", metavar="FILE", help="a detector's weights, or a classifier's own"
+        "--checkpoint",
+        metavar="FILE",
+        help="a classifier's own weights, or a detector's, also by their released name or address",
     )
     parser.add_argument(
         "--topk", type=_positive, metavar="K", help="classes per image (default: 5)"
@@ -438,7 +440,8 @@ def _train_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _test_arguments(parser: argparse.ArgumentParser) -> None:
     _config_arguments(parser)
-    text = "(default: the best in DIR, of a detector else its newest; or CONFIG's own)"
+    text = "of a detector also a released name or an address (default: the best in DIR, of a"
+    text += " detector else its newest; or CONFIG's own)"
     parser.add_argument("--checkpoint", metavar="FILE", help=text)
     output = parser.add_mutually_exclusive_group()
     output.add_argument("--csv", metavar="FILE", help="write the results to FILE too")

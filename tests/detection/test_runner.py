@@ -14,10 +14,11 @@ from pathlib import Path
 
 import torch
 from mmengine.fileio import LocalBackend
+from servers import Reply, Server
 from toys import ToyData, ToyModel
 
 import vitarium_cli
-from vitarium.detection.checkpoints import found, newest, read
+from vitarium.detection.checkpoints import found, located, newest, read
 from vitarium.detection.runner import measure, train
 
 CHANGES = {
@@ -273,6 +274,31 @@ def test_the_command_line(toy, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("vitarium.tools.train.find_spec", lambda name: None)
     assert call("train", str(toy)) == 1
     assert 'mmdet is not installed: pip install "vitarium[det]"' in capsys.readouterr().err
+
+
+def test_weights_by_address_and_by_name(toy, tmp_path, cache):
+    interrupted(toy, tmp_path / "run")
+    file = newest(tmp_path / "run")
+    with Server({"/a/weights.pth": Reply(file.read_bytes())}) as server:
+        for name in ("one", "two"):  # the second from the cache
+            start = [f"load_from={server.url('/a/weights.pth')}", "optim_wrapper.optimizer.lr=0.0"]
+            train(toy, tmp_path / name, start, device="cpu")
+        assert server.requests == ["/a/weights.pth"]
+        measured = measure(
+            toy, tmp_path / "one", checkpoint=server.url("/a/weights.pth"), device="cpu"
+        )
+        assert measured == measure(toy, tmp_path / "two", checkpoint=str(file), device="cpu")
+        with pytest.raises(ValueError, match="404"):
+            train(toy, tmp_path / "no", [f"load_from={server.url('/b.pth')}"], device="cpu")
+    for source, hint in (
+        ("nowhere.pth", ""),
+        ("nat_mini.shi_mask_rcnn_3x_cocoo", "did you mean nat_mini.shi_mask_rcnn_3x_coco"),
+    ):
+        match = f"load_from: expected a file, an address or the name .* got {source}.*{hint}"
+        with pytest.raises(ValueError, match=match):
+            train(toy, tmp_path / "no", [f"load_from={source}"], device="cpu")
+    assert not (tmp_path / "no").exists()
+    assert located("nat_atto.vitarium_digits", "x").is_file()
 
 
 def test_a_detector_learns_writes_events_and_starts_from_weights(config, tmp_path):

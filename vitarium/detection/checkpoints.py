@@ -6,8 +6,9 @@ import pickle
 import re
 import sys
 from contextlib import nullcontext
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
+from urllib.parse import urlsplit
 
 import torch
 from mmengine.dist import is_main_process
@@ -15,12 +16,15 @@ from mmengine.fileio import LocalBackend
 from mmengine.hooks import CheckpointHook
 from safetensors.torch import load_file
 
-from vitarium.checkpoints import CheckpointError
+from vitarium.backbones._registry import entries, released
+from vitarium.checkpoints import CheckpointError, Weight, fetch
 from vitarium.checkpoints.disk import replacing
 from vitarium.checkpoints.files import check_structure
 from vitarium.checkpoints.opcodes import DAMAGED
+from vitarium.tools.list import did_you_mean
 
 _NAME = re.compile(r"(epoch|iter)_([0-9]+)\.pth")
+_ADDRESS = re.compile(r"https?://")
 
 
 class WholeCheckpointHook(CheckpointHook):
@@ -98,6 +102,32 @@ class _Patient(LocalBackend):
         """Remove it."""
         while self._unwanted:
             self._unwanted.pop().unlink(missing_ok=True)
+
+
+def located(source: str, argument: str) -> Path:
+    """A file of weights, brought to the cache and verified if it is not here.
+
+    Args:
+        source: a file, the name of released weights, or an address, http or https.
+        argument: what names it, for messages.
+
+    Raises:
+        ValueError: it is none of these.
+        CheckpointError: it cannot be had.
+    """
+    if Path(source).is_file():
+        return Path(source)
+    weight = released(source.partition(".")[0]).get(source)
+    if weight is not None:
+        return fetch(weight, source)
+    if not _ADDRESS.match(source):
+        known = [name for entry in entries() for name in released(entry)]
+        raise ValueError(
+            f"{argument}: expected a file, an address or the name of released weights, got "
+            f"{source}{did_you_mean(source, known)}"
+        )
+    name = re.sub(r"[^A-Za-z0-9_.-]", "_", PurePosixPath(urlsplit(source).path).stem) or "weights"
+    return fetch(Weight(url=source, licence="not known: the address is the caller's"), name)
 
 
 def clear(folder: Path) -> None:

@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from mmdet.datasets import CocoDataset, CocoPanopticDataset
+from mmdet.datasets import BaseVideoDataset, CocoDataset, CocoPanopticDataset
 from mmdet.registry import DATASETS
 from mmengine.config import Config
 from torch import nn
@@ -54,7 +54,6 @@ def check_training(config: Config) -> list[str]:
     _check_runner(config)
     said = [*_check_data(config, "train"), *_check_data(config, "val")]
     _check_packages(config)
-    _check_load_from(config)
     return said
 
 
@@ -112,12 +111,6 @@ def _check_packages(config: Config) -> None:
         raise ValueError('visualizer: tensorboard is not installed: pip install "vitarium[train]"')
 
 
-def _check_load_from(config: Config) -> None:
-    source = config.get("load_from")
-    if source is not None and not Path(source).is_file():
-        raise ValueError(f"load_from: expected a file, got {source}")
-
-
 def _check_data(config: Config, split: str) -> Iterator[str]:
     """Check a split's annotations, classes and images."""
     loader = config.get(f"{split}_dataloader")
@@ -127,7 +120,8 @@ def _check_data(config: Config, split: str) -> Iterator[str]:
         raise ValueError(
             f"{split}_dataloader.dataset: expected a dict, got {loader.get('dataset')}"
         )
-    heads = [*_class_counts(config.model, "model")]
+    # A detector that reads what it looks for has as many outputs as words.
+    heads = [] if "language_model" in config.model else [*_class_counts(config.model, "model")]
     for where, dataset in _data_sets(loader.dataset, f"{split}_dataloader.dataset"):
         kind = dataset.get("type")
         kind = DATASETS.get(kind) if isinstance(kind, str) else kind
@@ -135,12 +129,8 @@ def _check_data(config: Config, split: str) -> Iterator[str]:
             hint = did_you_mean(str(dataset.get("type")), DATASETS.module_dict)
             raise ValueError(f"{where}.type: unknown: {dataset.get('type')!r}{hint}")
         classes = _classes(dataset, kind, where)
-        for place, count in heads:
-            if classes is not None and count != len(classes):
-                raise ValueError(
-                    f"{place}: expected {len(classes)}, the number of classes of {where}, got "
-                    f"{count}"
-                )
+        if classes is not None and not issubclass(kind, BaseVideoDataset):  # tracks tell fewer
+            _check_counts(heads, len(classes), _things(dataset, kind), where)
         if dataset.get("backend_args") or not issubclass(kind, CocoDataset):
             continue
         path = _joined(dataset, dataset.get("ann_file") or "")
@@ -178,6 +168,16 @@ def _class_counts(model: Any, where: str) -> Iterator[tuple[str, int]]:
             yield from _class_counts(part, place)
 
 
+def _check_counts(heads: Sequence[tuple[str, int]], classes: int, things: int, where: str) -> None:
+    """Compare numbers of classes; where there is stuff, boxes and masks are of things alone."""
+    for place, count in heads:
+        expected = classes if place.endswith(_PANOPTIC[-1]) else things
+        if count != expected:
+            raise ValueError(
+                f"{place}: expected {expected}, the number of classes of {where}, got {count}"
+            )
+
+
 def _is_head(place: str) -> bool:
     names = [name for name in place.split(".") if not name.isdecimal()]
     return names[-1] in ("bbox_head", "mask_head")
@@ -194,6 +194,13 @@ def _classes(dataset: Mapping[str, Any], kind: type[Any], where: str) -> Sequenc
             )
         classes = Path(classes).read_text(encoding="utf-8").splitlines()
     return classes
+
+
+def _things(dataset: Mapping[str, Any], kind: type[Any]) -> int:
+    """How many classes have boxes."""
+    meta = {**getattr(kind, "METAINFO", {}), **(dataset.get("metainfo") or {})}
+    panoptic = issubclass(kind, CocoPanopticDataset)
+    return len(meta["thing_classes" if panoptic else "classes"])
 
 
 def _joined(dataset: Mapping[str, Any], name: str) -> Path:

@@ -13,7 +13,7 @@ from mmengine.dataset import Compose
 from mmengine.registry import DefaultScope
 from PIL import Image
 
-from vitarium.detection.checkpoints import read
+from vitarium.detection.checkpoints import located, read
 from vitarium.detection.configs import load_config, without_pretrained
 from vitarium.detection.pictures import Objects, class_names
 from vitarium.heads.mmdet.released import load_detector
@@ -24,7 +24,7 @@ class Predictor:
 
     Args:
         config: a config file, which is run.
-        checkpoint: the detector's weights, of mmdet 2.x or 3.
+        checkpoint: the detector's weights, of mmdet 2.x or 3: see `located`.
         device: of the model.
         overrides: see `load_config`.
 
@@ -48,7 +48,7 @@ class Predictor:
             if settings.get(key) is None:
                 raise ValueError(f"{config}: {key}: expected it for predictions, found none")
         without_pretrained(settings)
-        held = read(Path(checkpoint))
+        held = read(located(checkpoint, "--checkpoint"))
         dataset = settings.test_dataloader.dataset
         with DefaultScope.overwrite_default_scope("mmdet"):
             self._model = mmdet.registry.MODELS.build(settings.model)

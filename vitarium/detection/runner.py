@@ -27,7 +27,7 @@ from torch import nn
 from vitarium.checkpoints import CheckpointError
 from vitarium.checkpoints.disk import replacing
 from vitarium.detection import checks
-from vitarium.detection.checkpoints import WholeCheckpointHook, clear, newest, read
+from vitarium.detection.checkpoints import WholeCheckpointHook, clear, located, newest, read
 from vitarium.detection.configs import differences, load_config, save_config, without_pretrained
 from vitarium.detection.loops import EpochLoop, IterLoop
 from vitarium.detection.pictures import Extremes
@@ -170,6 +170,8 @@ def train(
     config = load_config(path, overrides)
     with _processes(config, device, launcher):
         _agree(lambda: checks.check_training(config))
+        if not resume:
+            _find_start(config)
         _agree(lambda: _check_folder(output, config, resume))
         config.work_dir = str(output)
         config.resume = False
@@ -177,6 +179,7 @@ def train(
             found = newest(output)
             if found is None:
                 _say(f"{output}: no checkpoint yet, the run begins anew")
+                _find_start(config)
             else:
                 _check_layout(found, config)
                 config.load_from, config.resume = str(found), True
@@ -209,7 +212,8 @@ def measure(
         path: a config file, which is run.
         output: the folder of the run that trained; logs go to its ``test``.
         overrides: see `load_config`.
-        checkpoint: weights; None for the best ones in ``output``, or else the newest.
+        checkpoint: weights, see `located`; None for the best ones in ``output``, or else the
+            newest.
         device: as for `train`.
         launcher: as for `train`.
         pictures: how many of the best and of the worst images are drawn, to ``best.png`` and
@@ -230,7 +234,8 @@ def measure(
         if weights is None:
             raise ValueError(f"--checkpoint: expected weights, {output} has none")
         _say(f"weights of {weights}")
-        config.work_dir, config.load_from = str(output / "test"), str(weights)
+        config.work_dir = str(output / "test")
+        config.load_from = _weights(str(weights), "--checkpoint")
         config.resume = False
         without_pretrained(config)
         with _registered():
@@ -370,6 +375,22 @@ def _join(config: Config, cpu: bool) -> None:
         **(config.get("model_wrapper_cfg") or {}),
         "device_ids": None,
     }
+
+
+def _find_start(config: Config) -> None:
+    """Bring here what the config wants to start from."""
+    if config.get("load_from"):
+        config.load_from = _weights(config.load_from, "load_from")
+
+
+def _weights(source: str, argument: str) -> str:
+    """A file of weights; one process brings it here for all."""
+
+    def bring() -> None:
+        located(source, argument)
+
+    _agree(bring)
+    return str(located(source, argument))
 
 
 def _agree(check: Callable[[], Iterable[str] | None]) -> None:
