@@ -120,6 +120,7 @@ def test_configs_that_would_be_ignored_or_misread(make):
         ("randomness['diff_rank_seed'] = True", "diff_rank_seed: expected False"),
         ("default_hooks['checkpoint'] = None", "checkpoint: expected a CheckpointHook, got None"),
         ("default_hooks['checkpoint']['out_dir'] = 'x'", "checkpoint.out_dir: expected none"),
+        ("compile = 'max-autotune'", "compile: expected True, False or what torch.compile takes"),
         ("resume = True", "resume: expected none, got True; --resume says that"),
         ("work_dir = 'x'", "work_dir: expected none, got 'x'; --output says that"),
         ("optim_wrapper = dict(constructor='Two')", "optim_wrapper: expected one optimizer"),

@@ -69,6 +69,16 @@ def test_boxes_masks_and_captions_are_drawn_where_they_are():
     assert pixels[4 * 50 - 8, 4 * 20 + 2 : 4 * 20 + 12].any()  # the caption
 
 
+def test_boxes_that_are_nowhere_are_drawn_at_the_border():
+    inf, nan = float("inf"), float("nan")
+    far = objects(((-inf, -1e30, inf, 1e30), 1), ((nan, nan, nan, nan), 2), ((500, 500, 9, 9), 0))
+    drawn = draw(Image.new("RGB", (120, 100)), far, "abc")
+    pixels = np.asarray(drawn).astype(int).sum(-1)
+    assert pixels[-1, 240] > 0
+    assert pixels[200, -1] > 0
+    assert pixels[200, 240] == 0
+
+
 def test_an_image_counts_by_what_matches():
     there = objects(((0, 0, 10, 10), 1), ((20, 20, 30, 30), 2))
     assert _agreement(there, there) == 1

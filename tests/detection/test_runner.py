@@ -276,6 +276,21 @@ def test_the_command_line(toy, tmp_path, capsys, monkeypatch):
     assert 'mmdet is not installed: pip install "vitarium[det]"' in capsys.readouterr().err
 
 
+def test_backbone_and_neck_are_compiled(config, tmp_path):
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    plain = train(config, tmp_path / "plain", device="cpu")
+    assert not torch._dynamo.utils.counters["frames"]
+    changes = ["compile={'backend': 'eager'}"]
+    compiled = train(config, tmp_path / "compiled", changes, device="cpu")
+    assert torch._dynamo.utils.counters["frames"]["ok"] >= 2
+    assert compiled.keys() == plain.keys()
+    one, two = (state(tmp_path / name)["state_dict"] for name in ("plain", "compiled"))
+    assert one.keys() == two.keys()
+    for key, value in one.items():
+        torch.testing.assert_close(two[key], value, msg=key)
+
+
 def test_weights_by_address_and_by_name(toy, tmp_path, cache):
     interrupted(toy, tmp_path / "run")
     file = newest(tmp_path / "run")

@@ -350,6 +350,22 @@ def test_bf16_autocast(build):
     assert (far != far.bfloat16()).any()
 
 
+def test_compiled_and_exported():
+    model = small(retinanet).eval()
+    with torch.no_grad():
+        expected = model(images(*ODD))
+        maps = model.backbone(torch.ones(2, 3, 64, 96))
+        exported = torch.export.export(model.backbone, (torch.zeros(2, 3, 64, 96),))
+        for key, value in exported.module()(torch.ones(2, 3, 64, 96)).items():
+            torch.testing.assert_close(value, maps[key], atol=1e-5, rtol=1e-5)
+        torch._dynamo.reset()
+        model.backbone.compile(backend="eager", fullgraph=True)
+        found = model(images(*ODD))
+    for one, two in zip(found, expected, strict=True):
+        for key, value in one.items():
+            torch.testing.assert_close(value, two[key], atol=1e-4, rtol=1e-4)
+
+
 @pytest.mark.parametrize("build", [mask_rcnn, fcos])
 def test_state_copies_and_pickles(build):
     model = small(build).eval()

@@ -84,6 +84,10 @@ def _check_runner(config: Config) -> None:
         raise ValueError(f"train_cfg: expected {length} and no {other}, got {config.train_cfg}")
     if config.get("runner_type", "Runner") != "Runner":
         raise ValueError(f"runner_type: expected Runner, got {config.runner_type!r}")
+    if not isinstance(config.get("compile") or False, bool | dict):
+        raise ValueError(
+            f"compile: expected True, False or what torch.compile takes, got {config.compile!r}"
+        )
     if config.get("randomness", {}).get("diff_rank_seed"):
         raise ValueError(
             "randomness.diff_rank_seed: expected False, got True; processes draw unlike each other "
@@ -135,10 +139,12 @@ def _check_data(config: Config, split: str) -> Iterator[str]:
             continue
         path = _joined(dataset, dataset.get("ann_file") or "")
         content = _annotations(path, f"{where}.ann_file")
+        folders = {"img": "images"}
         if issubclass(kind, CocoPanopticDataset):
             content["annotations"] = [*_segments(content.get("annotations", ()), path)]
+            folders["seg"] = "maps of segments"
         yield from _check_boxes(content, path, dataset, classes or (), split)
-        _check_images(content, path, dataset, where)
+        _check_images(content, path, dataset, where, folders)
     for evaluator in _listed(config.get(f"{split}_evaluator")):
         source = evaluator.get("ann_file")
         if source is not None and not evaluator.get("backend_args") and not Path(source).is_file():
@@ -288,24 +294,23 @@ def _check_box(each: dict[str, Any], where: str) -> None:
 
 
 def _check_images(
-    content: dict[str, Any], path: Path, dataset: Mapping[str, Any], where: str
+    content: dict[str, Any],
+    path: Path,
+    dataset: Mapping[str, Any],
+    where: str,
+    folders: Mapping[str, str],
 ) -> None:
-    """See that images are there, and maps of segments where the data have them."""
+    """See that images are there, and what goes with them; ``folders`` says what is in which."""
     for each in content["images"]:
         if not {"id", "width", "height"} <= each.keys():
             raise ValueError(f"{path}: expected id, width and height of an image, got {each}")
     names = [each["file_name"] for each in content["images"] if "file_name" in each]
-    prefix = dataset.get("data_prefix") or {}
-    _check_files(_joined(dataset, prefix.get("img", "")), names, f"{where}: expected images")
-    if prefix.get("seg"):
-        names = [name.replace(".jpg", ".png") for name in names]
-        _check_files(_joined(dataset, prefix["seg"]), names, f"{where}: expected maps of segments")
-
-
-def _check_files(folder: Path, names: Sequence[str], what: str) -> None:
-    for name in names:
-        if not (folder / name).is_file():
-            raise ValueError(f"{what} in {folder}, no {name} there")
+    for key, what in folders.items():
+        folder = _joined(dataset, (dataset.get("data_prefix") or {}).get(key) or "")
+        for name in names:
+            file = name if key == "img" else name.replace(".jpg", ".png")
+            if not (folder / file).is_file():
+                raise ValueError(f"{where}: expected {what} in {folder}, no {file} there")
 
 
 def check_channels(model: nn.Module) -> None:

@@ -83,8 +83,10 @@ def draw(image: Image.Image, objects: Objects, names: Sequence[str]) -> Image.Im
             pixels[large] += _OPACITY * (np.array(colour, np.float32) - pixels[large])
     drawn = Image.fromarray(pixels.round().astype(np.uint8))
     pen, font = ImageDraw.Draw(drawn), ImageFont.load_default(FONT_SIZE)
+    # of a detector that has learned nothing they may be anywhere
+    boxes = np.nan_to_num(objects.boxes * factor).clip(0, np.tile(size, 2) - 1)
     for i in reversed(range(len(colours))):  # the likeliest on top
-        left, top, right, bottom = (objects.boxes[i] * factor).tolist()
+        left, top, right, bottom = boxes[i].tolist()
         pen.rectangle((left, top, max(left, right), max(top, bottom)), outline=colours[i], width=2)
         text = _name(names, int(objects.labels[i]))
         if objects.scores is not None:

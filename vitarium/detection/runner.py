@@ -73,6 +73,18 @@ class DetectionRunner(Runner):
         self.checkpoint_hook = WholeCheckpointHook(**settings)
         super().register_default_hooks({**(hooks or {}), "checkpoint": self.checkpoint_hook})
 
+    def _maybe_compile(self, target: str) -> None:
+        """Compile the backbone and the neck where a config says ``compile``.
+
+        mmengine takes the whole step, whose shapes follow what is found on the images.
+        """
+        settings = self.cfg.get("compile")
+        if not settings:
+            return
+        for part in ("backbone", "neck"):
+            if hasattr(self._detector, part):
+                getattr(self._detector, part).compile(**({} if settings is True else settings))
+
     def build_train_loop(self, loop: Any) -> EpochLoop:
         """The loop that a config's ``train_cfg`` describes."""
         if isinstance(loop, EpochLoop):
