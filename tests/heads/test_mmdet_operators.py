@@ -105,6 +105,55 @@ def test_a_new_deformable_convolution_has_no_slope_at_the_border():
     assert by_tap[1, 1].all()
 
 
+POOLINGS = {
+    "average": lambda x, rois: ops.roi_align(x, rois, 3, 1.0, 0, "avg", True),
+    "two points": lambda x, rois: ops.roi_align(x, rois, 3, 1.0, 2, "avg", False),
+    "greatest point": lambda x, rois: ops.roi_align(x, rois, 3, 1.0, 2, "max", True),
+    "greatest pixel": lambda x, rois: ops.roi_pool(x, rois, 3, 1.0),
+}
+
+
+@pytest.mark.parametrize("pool", POOLINGS)
+def test_regions_that_are_nowhere_show_nan(pool):
+    good = torch.tensor([[0, 1.0, 2, 9, 8], [1, 3, 0, 12, 7]])
+    bad = torch.tensor([[-1, 1.0, 2, 9, 8], [2, 1, 2, 9, 8], [torch.nan, 1, 2, 9, 8]])
+    far = good[:1].repeat(4 * 5, 1)
+    numbers = (torch.nan, torch.inf, -torch.inf, 1e30, -1e9)
+    for row, (column, value) in enumerate((c, x) for c in range(1, 5) for x in numbers):
+        far[row, column] = value
+    x = torch.randn(2, 3, 10, 14, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    expected = POOLINGS[pool](x, good)
+    (slope,) = torch.autograd.grad(expected.sum(), x)
+    found = POOLINGS[pool](x, torch.cat([bad, good, far]))
+    assert found[:3].isnan().all()
+    assert found[5:].isnan().all()
+    assert torch.equal(found[3:5], expected)
+    (gradient,) = torch.autograd.grad(found[3:5].sum() + 0 * found.sum(), x)
+    assert torch.equal(gradient, slope)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf, 1e30, -3e9])
+@pytest.mark.parametrize("modulated", [False, True])
+def test_offsets_that_lead_nowhere_read_nothing(value, modulated):
+    generator = torch.Generator().manual_seed(0)
+    x, weight = (torch.randn(*s, generator=generator) for s in ((1, 2, 6, 7), (4, 2, 3, 3)))
+    mask = torch.rand(1, 9, 6, 7, generator=generator)
+
+    def run(far):
+        moved = torch.zeros(1, 18, 6, 7)
+        moved[0, :, 2, 3] = moved[0, 5, 4] = far
+        moved.requires_grad_()
+        leaf = x.clone().requires_grad_()
+        if modulated:
+            out = ops.modulated_deform_conv2d(leaf, moved, mask, weight, None, 1, 1)
+        else:
+            out = ops.deform_conv2d(leaf, moved, weight, 1, 1)
+        return out, *torch.autograd.grad(out.square().sum(), (leaf, moved))
+
+    for got, expected in zip(run(value), run(1e4), strict=True):
+        assert torch.equal(got, expected)
+
+
 def test_offsets_that_are_too_few():
     layer = ops.ModulatedDeformConv2d(1, 1, 3, padding=1)
     with pytest.raises(ValueError, match="expected at least 450 values.*got 288"):

@@ -3,7 +3,8 @@
 Shapes: input [B, C, H, W], weight [out, C / groups, KH, KW], output [B, out, HO, WO], offset
 [B, deform_groups * KH * KW * 2, HO, WO] in pixels of the input (y before x), mask
 [B, deform_groups * KH * KW, HO, WO]. A tap one pixel or more outside of the input reads 0, and
-its offset has no gradient (torchvision's has one there).
+its offset has no gradient (torchvision's has one there). So does one whose offset is no number, as
+in mmcv, where torchvision's operator ends the process.
 """
 
 # ruff: noqa: N803  (the arguments have mmcv's names: it passes them by keyword)
@@ -25,6 +26,9 @@ __all__ = [
     "modulated_deform_conv_backward",
     "modulated_deform_conv_forward",
 ]
+
+
+_FAR = 2.0**20  # pixels: outside of every input, and no more than an index holds
 
 
 class _Geometry(NamedTuple):
@@ -250,7 +254,8 @@ def _arguments(
     """Input, weight, offset, mask and bias as torchvision's operator takes them."""
     input = wide(input)
     mask = input.new_zeros(len(input), 0) if mask is None else wide(mask)
-    return input, wide(weight), wide(offset), mask, input.new_zeros(len(weight))
+    offset = wide(offset).nan_to_num(nan=_FAR).clamp(-_FAR, _FAR)
+    return input, wide(weight), offset, mask, input.new_zeros(len(weight))
 
 
 def _inside(offset: Tensor, size: tuple[int, int], geometry: _Geometry) -> Tensor:

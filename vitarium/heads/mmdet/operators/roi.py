@@ -1,7 +1,9 @@
 """Pooling of regions of interest.
 
 RoIs [R, 5] are an image's index and x1, y1, x2, y2 in pixels of the image; ``spatial_scale`` brings
-them to the map [B, C, H, W]. Each is divided into PH x PW bins.
+them to the map [B, C, H, W]. Each is divided into PH x PW bins. One that is no number, lies further
+away than any map reaches, or is of no image, shows NaN and has no gradient; compiled operators read
+other memory there, or end the process.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ __all__ = ["roi_align_backward", "roi_align_forward", "roi_pool_backward", "roi_
 
 _MAX = 0  # mmcv's number of the pooling mode; 1 is the average
 _NOWHERE = -2  # a coordinate outside of every map
+_FAR = 2.0**15  # pixels of a map: no map is larger
 
 
 @operator
@@ -50,19 +53,12 @@ def roi_align_forward(
         aligned: pixels have their centre at half coordinates, and RoIs may be smaller than a pixel.
     """
     values = wide(input)
-    rois = rois.to(values.dtype)
+    rois, sound = _sound(rois.to(values.dtype), len(input), spatial_scale)
     if pool_mode != _MAX:
-        output.copy_(
-            torch.ops.torchvision.roi_align(
-                values,
-                rois,
-                spatial_scale,
-                aligned_height,
-                aligned_width,
-                sampling_ratio,
-                aligned,
-            )
+        pooled = torch.ops.torchvision.roi_align(
+            values, rois, spatial_scale, aligned_height, aligned_width, sampling_ratio, aligned
         )
+        output.copy_(torch.where(sound, pooled, torch.nan))
         return
     image = rois[:, 0].long()[:, None, None]
     size = (aligned_height, aligned_width)
@@ -77,7 +73,8 @@ def roi_align_forward(
         best_y = torch.where(better, y[..., None], best_y)
         best_x = torch.where(better, x[..., None], best_x)
     # A bin without points shows 0, as in the other mode; mmcv's minimum differs by device.
-    output.copy_(torch.where(best_y == _NOWHERE, 0, best).permute(0, 3, 1, 2))
+    pooled = torch.where(best_y == _NOWHERE, 0, best).permute(0, 3, 1, 2)
+    output.copy_(torch.where(sound, pooled, torch.nan))
     argmax_y.copy_(best_y.permute(0, 3, 1, 2))
     argmax_x.copy_(best_x.permute(0, 3, 1, 2))
 
@@ -98,7 +95,8 @@ def roi_align_backward(
 ) -> None:
     """Add the gradient of the map to ``grad_input``; arguments as of the forward function."""
     grad = wide(grad_output)
-    rois = rois.to(grad.dtype)
+    rois, sound = _sound(rois.to(grad.dtype), len(grad_input), spatial_scale)
+    grad = torch.where(sound, grad, 0)
     if pool_mode != _MAX:
         total = torch.ops.torchvision._roi_align_backward(
             grad,
@@ -147,7 +145,7 @@ def roi_pool_forward(
         spatial_scale: pixels of the map per pixel of the image.
     """
     values = wide(input)
-    rois = rois.to(values.dtype)
+    rois, sound = _sound(rois.to(values.dtype), len(input), spatial_scale)
     height, width = input.shape[2:]
     start, end = rois[:, 1:3] * spatial_scale, (rois[:, 3:5] + 1) * spatial_scale
     real = (end > start).all(1)[:, None]
@@ -166,7 +164,8 @@ def roi_pool_forward(
             better = used[..., None] & (shown > best)
             best = torch.where(better, shown, best)
             place = torch.where(better, (row * width + column).to(place)[..., None], place)
-    output.copy_(torch.where(place < 0, 0, best).permute(0, 3, 1, 2))
+    pooled = torch.where(place < 0, 0, best).permute(0, 3, 1, 2)
+    output.copy_(torch.where(sound, pooled, torch.nan))
     argmax.copy_(place.permute(0, 3, 1, 2))
 
 
@@ -182,10 +181,23 @@ def roi_pool_backward(
 ) -> None:
     """Add the gradient of the map to ``grad_input``; arguments as of the forward function."""
     grad = wide(grad_output)
+    rois, sound = _sound(rois, len(grad_input), spatial_scale)
+    grad = torch.where(sound, grad, 0)
     total = torch.zeros(grad_input.shape, dtype=grad.dtype, device=grad.device)
     place = _planes(rois, grad_input) + argmax.clamp(min=0)
     total.view(-1).index_add_(0, place.flatten(), torch.where(argmax < 0, 0, grad).flatten())
     grad_input.add_(total)
+
+
+def _sound(rois: Tensor, images: int, spatial_scale: float) -> tuple[Tensor, Tensor]:
+    """RoIs, with zeros in the place of those that nothing can be read of; and which are sound.
+
+    Returns:
+        [R, 5], and bool [R, 1, 1, 1].
+    """
+    near = ((rois[:, 1:] * spatial_scale).abs() <= _FAR).all(1)  # and no NaN
+    sound = near & (rois[:, 0] >= 0) & (rois[:, 0] < images)
+    return torch.where(sound[:, None], rois, 0), sound[:, None, None, None]
 
 
 def _planes(rois: Tensor, maps: Tensor) -> Tensor:
