@@ -112,6 +112,14 @@ def test_images_that_are_not_there(make, data):
     refused(make(), f"no {data[1]['images'][3]['file_name']} there")
 
 
+def test_semantic_maps_that_are_wanted(make, data):
+    lines = "train_dataloader['dataset']['pipeline'][1].update(with_seg=True)\n"
+    lines += "train_dataloader['dataset']['data_prefix']['seg'] = 'maps/'\n"
+    refused(make(lines), r"expected semantic maps in .*maps, no 000000.png there")
+    shutil.copytree(data[0] / "train", data[0] / "maps")
+    assert checks.check_training(make(lines)) == []
+
+
 def test_configs_that_would_be_ignored_or_misread(make):
     for lines, match in (
         ("train_cfg = dict(type='MyLoop', max_epochs=1)", "train_cfg.type: expected Epoch"),

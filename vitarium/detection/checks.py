@@ -143,6 +143,8 @@ def _check_data(config: Config, split: str) -> Iterator[str]:
         if issubclass(kind, CocoPanopticDataset):
             content["annotations"] = [*_segments(content.get("annotations", ()), path)]
             folders["seg"] = "maps of segments"
+        elif _loads(dataset, "with_seg"):
+            folders["seg"] = "semantic maps"
         yield from _check_boxes(content, path, dataset, classes or (), split)
         _check_images(content, path, dataset, where, folders)
     for evaluator in _listed(config.get(f"{split}_evaluator")):
@@ -229,6 +231,12 @@ def _annotations(path: Path, where: str) -> dict[str, Any]:
     return content
 
 
+def _loads(dataset: Mapping[str, Any], what: str) -> bool:
+    """Whether the annotations that are loaded are to have something."""
+    steps = dataset.get("pipeline") or ()
+    return any(_class_name(x.get("type", "")) == "LoadAnnotations" and x.get(what) for x in steps)
+
+
 def _segments(annotations: Sequence[dict[str, Any]], path: Path) -> Iterator[dict[str, Any]]:
     """Segments of panoptic annotations, each with its image, as other annotations are."""
     for each in annotations:
@@ -255,10 +263,7 @@ def _check_boxes(
         )
     if split == "test" and not content.get("annotations"):
         return  # as published where the truth is secret
-    masked = any(
-        _class_name(step.get("type", "")) == "LoadAnnotations" and step.get("with_mask")
-        for step in dataset.get("pipeline", ())
-    )
+    masked = _loads(dataset, "with_mask")
     with_boxes = set()
     images = {each["id"] for each in content["images"]}
     for each in content.get("annotations", ()):
