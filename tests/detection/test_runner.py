@@ -10,6 +10,7 @@ import errno
 import multiprocessing
 import os
 import signal
+import sys
 from pathlib import Path
 
 import torch
@@ -271,6 +272,10 @@ def test_the_command_line(toy, tmp_path, capsys, monkeypatch):
     assert "--launcher: not for atto_digits" in capsys.readouterr().err
     assert call("train", str(toy), "--launcher", "slurm") == 1
     assert "--launcher slurm: expected SLURM_PROCID" in capsys.readouterr().err
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "cv2", None)
+        assert call("train", str(toy)) == 1
+        assert "opencv-python-headless" in capsys.readouterr().err
     monkeypatch.setattr("vitarium.tools.train.find_spec", lambda name: None)
     assert call("train", str(toy)) == 1
     assert 'mmdet is not installed: pip install "vitarium[det]"' in capsys.readouterr().err

@@ -84,10 +84,6 @@ def _check_runner(config: Config) -> None:
         raise ValueError(f"train_cfg: expected {length} and no {other}, got {config.train_cfg}")
     if config.get("runner_type", "Runner") != "Runner":
         raise ValueError(f"runner_type: expected Runner, got {config.runner_type!r}")
-    if not isinstance(config.get("compile") or False, bool | dict):
-        raise ValueError(
-            f"compile: expected True, False or what torch.compile takes, got {config.compile!r}"
-        )
     if config.get("randomness", {}).get("diff_rank_seed"):
         raise ValueError(
             "randomness.diff_rank_seed: expected False, got True; processes draw unlike each other "
@@ -109,6 +105,11 @@ def _check_runner(config: Config) -> None:
 
 
 def _check_packages(config: Config) -> None:
+    """See that what is asked of torch and of other packages can be had."""
+    if not isinstance(config.get("compile") or False, bool | dict):
+        raise ValueError(
+            f"compile: expected True, False or what torch.compile takes, got {config.compile!r}"
+        )
     visualizer = config.get("visualizer") or {}
     kinds = [_class_name(x.get("type", "")) for x in visualizer.get("vis_backends") or ()]
     if "TensorboardVisBackend" in kinds and find_spec("tensorboard") is None:

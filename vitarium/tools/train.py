@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from argparse import Namespace
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -126,8 +127,15 @@ def require_detection() -> None:
     """See that mmdet is there.
 
     Raises:
-        ValueError: a package is missing.
+        ValueError: a package is missing, or OpenCV lacks a display's libraries.
     """
     for package in ("mmdet", "mmcv", "mmengine"):
         if find_spec(package) is None:
             raise ValueError(f'{package} is not installed: pip install "vitarium[det]"')
+    try:
+        import_module("cv2")
+    except ImportError as error:
+        raise ValueError(
+            f"opencv cannot be imported ({error}): pip uninstall -y opencv-python && "
+            f"pip install --force-reinstall --no-deps opencv-python-headless"
+        ) from error
