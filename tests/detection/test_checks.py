@@ -105,6 +105,10 @@ def test_classes(make, data):
     refused(make(default), "expected categories person, bicycle, car and 77 more, it has 0, 1, 2")
     one = 'train_dataloader["dataset"]["metainfo"] = dict(classes=("0"))'
     refused(make(one), r"metainfo.classes: expected a tuple of names, got '0'")
+    file = data[0] / "classes.txt"
+    file.write_text("\n".join("0123456789"))
+    named = f'train_dataloader["dataset"]["metainfo"] = dict(classes="{file}")'
+    assert checks.check_training(make(named)) == []
 
 
 def test_images_that_are_not_there(make, data):

@@ -135,7 +135,8 @@ def _check_data(config: Config, split: str) -> Iterator[str]:
             raise ValueError(f"{where}.type: unknown: {dataset.get('type')!r}{hint}")
         classes = _classes(dataset, kind, where)
         if classes is not None and not issubclass(kind, BaseVideoDataset):  # tracks tell fewer
-            _check_counts(heads, len(classes), _things(dataset, kind), where)
+            things = _things(dataset, kind) or classes
+            _check_counts(heads, len(classes), len(things), where)
         if dataset.get("backend_args") or not issubclass(kind, CocoDataset):
             continue
         path = _joined(dataset, dataset.get("ann_file") or "")
@@ -205,11 +206,12 @@ def _classes(dataset: Mapping[str, Any], kind: type[Any], where: str) -> Sequenc
     return classes
 
 
-def _things(dataset: Mapping[str, Any], kind: type[Any]) -> int:
-    """How many classes have boxes."""
-    meta = {**getattr(kind, "METAINFO", {}), **(dataset.get("metainfo") or {})}
-    panoptic = issubclass(kind, CocoPanopticDataset)
-    return len(meta["thing_classes" if panoptic else "classes"])
+def _things(dataset: Mapping[str, Any], kind: type[Any]) -> Sequence[str]:
+    """The classes that have boxes, of panoptic data; none of others."""
+    if not issubclass(kind, CocoPanopticDataset):
+        return ()
+    meta = dataset.get("metainfo") or {}
+    return meta.get("thing_classes", () if "classes" in meta else kind.METAINFO["thing_classes"])
 
 
 def _joined(dataset: Mapping[str, Any], name: str) -> Path:
