@@ -8,7 +8,7 @@
 custom_imports = {"imports": ["vitarium.heads.mmdet"]}
 _base_ = "_base_/mask_rcnn.py"
 
-updates = 400
+updates = 320
 root = str(__import__("vitarium.data.folders", fromlist="*").ensure("detection"))
 data = {
     "type": "CocoDataset",
