@@ -129,6 +129,28 @@ def test_the_detector(shown, program):
             assert picture.height > 3 * 480
 
 
+def test_what_is_measured_is_told(tmp_path, monkeypatch):
+    from vitarium.tools import demo_detector
+
+    def trained(config, run, changes, **kwargs):
+        run.mkdir()
+        for name in ("iter_7.pth", "best.png", "worst.png"):
+            (run / name).write_text(name)
+        return {"coco/bbox_mAP": 0.25, "coco/segm_mAP": 0.5, "coco/bbox_mAP_50": 0.75}
+
+    folder = tmp_path / "val"
+    folder.mkdir()
+    (folder / "000000.png").write_text("scene")
+    monkeypatch.setattr(demo_detector, "train", trained)
+    monkeypatch.setattr(demo_detector, "ensure", lambda kind: tmp_path)
+    (out := tmp_path / "out").mkdir()
+    found = demo_detector.train_detector(out, 7, print)
+    assert (found.box_ap, found.mask_ap) == (0.25, 0.5)
+    kept = [found.weights, *found.pictures, found.scene]
+    assert [x.read_text() for x in kept] == ["iter_7.pth", "best.png", "worst.png", "scene"]
+    assert {*out.iterdir()} == {*kept}
+
+
 def test_an_interrupted_detector_leaves_nothing(tmp_path, monkeypatch):
     def interrupted(*args, **kwargs):
         raise KeyboardInterrupt("--resume goes on")

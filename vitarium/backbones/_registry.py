@@ -41,7 +41,7 @@ _Filter = Callable[[dict[str, Tensor], nn.Module], dict[str, Tensor]]
 
 _SOURCES = ("source", "state_dict", "file", "url", "hf_hub_id", "hf_hub_filename")
 _NAMED_SOURCES = ("hf-hub", "local-dir")
-_UNKNOWN = "not known: the address is the caller's"
+UNKNOWN_LICENCE = "not known: the address is the caller's"
 _IN_A_FOLDER = ("model.safetensors", "pytorch_model.bin")
 _SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
 
@@ -221,7 +221,7 @@ def _checkpoint(
         return _hub_file(cfg, folder), None
     url = cfg.url[0] if isinstance(cfg.url, tuple) else cfg.url
     if "url" in named and url is not None and (weight is None or url != weight.url):
-        return fetch(Weight(url=url, licence=_UNKNOWN), name, cache_dir=folder), None
+        return fetch(Weight(url=url, licence=UNKNOWN_LICENCE), name, cache_dir=folder), None
     try:
         if weight is None or weight.unreleased is not None:
             why = weight and weight.unreleased

@@ -16,7 +16,7 @@ from mmengine.fileio import LocalBackend
 from mmengine.hooks import CheckpointHook
 from safetensors.torch import load_file
 
-from vitarium.backbones._registry import entries, released
+from vitarium.backbones._registry import UNKNOWN_LICENCE, entries, released
 from vitarium.checkpoints import CheckpointError, Weight, fetch
 from vitarium.checkpoints.disk import replacing
 from vitarium.checkpoints.files import check_structure
@@ -127,7 +127,7 @@ def located(source: str, argument: str) -> Path:
             f"{source}{did_you_mean(source, known)}"
         )
     name = re.sub(r"[^A-Za-z0-9_.-]", "_", PurePosixPath(urlsplit(source).path).stem) or "weights"
-    return fetch(Weight(url=source, licence="not known: the address is the caller's"), name)
+    return fetch(Weight(url=source, licence=UNKNOWN_LICENCE), name)
 
 
 def clear(folder: Path) -> None:

@@ -122,8 +122,8 @@ def _detection(out: Path, updates: int) -> tuple[str, ...]:
 
     start = time.monotonic()
     _say(
-        f"5/6 {CONFIG}, from random weights: {updates} of its 320 updates, on 1000 scenes that "
-        f"are made now if they are not there yet"
+        f"5/6 {CONFIG}, from random weights: {updates} updates, on 1000 scenes that are "
+        f"made now if they are not there yet"
     )
     trained = train_detector(out, updates, partial(print, file=sys.stdout, flush=True))
     _say(
